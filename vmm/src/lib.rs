@@ -1,0 +1,1 @@
+//! The Mayfly virtual machine monitor.

@@ -1,0 +1,2 @@
+//! The `mayfly` process.
+fn main() {}
