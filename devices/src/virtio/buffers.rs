@@ -1,0 +1,219 @@
+//! [`Buffers`]: the guest memory that one side of a descriptor chain names, ready for `readv` and `writev`.
+//!
+//! Data moves between the guest's pages and a file descriptor with no copy in between: the pieces are kept as
+//! `iovec`s. Every piece was checked against guest memory when it was pushed, and the lifetime keeps that memory
+//! mapped, so using them later needs no second look-up.
+
+use std::marker::PhantomData;
+
+use vm_memory::{ByteValued, VolatileSlice};
+
+/// A sequence of guest memory pieces, used as one run of bytes.
+///
+/// The guest may change the bytes at any time: whatever is read must be copied out once and then checked.
+#[derive(Default)]
+pub struct Buffers<'m> {
+    pieces: Vec<libc::iovec>,
+    len: usize,
+    memory: PhantomData<&'m ()>,
+}
+
+impl<'m> Buffers<'m> {
+    /// No bytes.
+    pub fn new() -> Self {
+        Self {
+            pieces: Vec::new(),
+            len: 0,
+            memory: PhantomData,
+        }
+    }
+
+    /// Forgets all pieces and keeps the allocation.
+    pub fn clear(&mut self) {
+        self.pieces.clear();
+        self.len = 0;
+    }
+
+    /// Appends a piece. The caller bounds the sum of lengths (a descriptor chain holds less than 4 GiB).
+    pub fn push(&mut self, slice: &VolatileSlice<'m>) {
+        self.pieces.push(libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        });
+        self.len += slice.len();
+    }
+
+    /// Bytes in all pieces together.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True when there is not a single byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The pieces, for a vectored system call.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.pieces
+    }
+
+    /// Drops the first `count` bytes, or all when there are fewer.
+    pub fn advance(&mut self, count: usize) {
+        let mut left = count.min(self.len);
+        self.len -= left;
+        let whole = self
+            .pieces
+            .iter()
+            .take_while(|piece| {
+                let gone = left >= piece.iov_len;
+                if gone {
+                    left -= piece.iov_len;
+                }
+                gone
+            })
+            .count();
+        self.pieces.drain(..whole);
+        if left > 0 {
+            let first = &mut self.pieces[0];
+            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(left).cast();
+            first.iov_len -= left;
+        }
+    }
+
+    /// Keeps the first `count` bytes and drops the others.
+    pub fn truncate(&mut self, count: usize) {
+        while self.len > count {
+            let over = self.len - count;
+            let last = self.pieces.last_mut().expect("a non-zero length has a piece");
+            let cut = over.min(last.iov_len);
+            last.iov_len -= cut;
+            self.len -= cut;
+            if last.iov_len == 0 {
+                self.pieces.pop();
+            }
+        }
+    }
+
+    /// Moves all pieces of `other` to the end of this one.
+    pub fn append(&mut self, other: &mut Buffers<'m>) {
+        self.pieces.append(&mut other.pieces);
+        self.len += std::mem::take(&mut other.len);
+    }
+
+    /// Copies bytes from `offset` on into `out`; returns how many there were.
+    pub fn read(&self, offset: usize, out: &mut [u8]) -> usize {
+        let mut done = 0;
+        self.walk(offset, out.len(), |piece| {
+            piece.copy_to(&mut out[done..done + piece.len()]);
+            done += piece.len();
+        });
+        done
+    }
+
+    /// Copies `data` to the bytes from `offset` on; returns how many found room.
+    pub fn write(&self, offset: usize, data: &[u8]) -> usize {
+        let mut done = 0;
+        self.walk(offset, data.len(), |piece| {
+            piece.copy_from(&data[done..done + piece.len()]);
+            done += piece.len();
+        });
+        done
+    }
+
+    /// Reads a plain value at `offset`; none when it does not fit.
+    pub fn read_obj<T: ByteValued + Default>(&self, offset: usize) -> Option<T> {
+        let mut value = T::default();
+        let bytes = value.as_mut_slice();
+        (self.read(offset, bytes) == bytes.len()).then_some(value)
+    }
+
+    /// Calls `visit` with each contiguous run of the range, in order.
+    fn walk(&self, offset: usize, len: usize, mut visit: impl FnMut(VolatileSlice<'_>)) {
+        let (mut skip, mut left) = (offset, len);
+        for piece in &self.pieces {
+            if left == 0 {
+                break;
+            }
+            if skip >= piece.iov_len {
+                skip -= piece.iov_len;
+                continue;
+            }
+            let count = left.min(piece.iov_len - skip);
+            // SAFETY: needed to copy from a piece that is kept as an iovec. The piece came from a VolatileSlice of
+            // memory that outlives 'm, and `skip + count` is within it.
+            visit(unsafe { VolatileSlice::new(piece.iov_base.cast::<u8>().add(skip), count) });
+            left -= count;
+            skip = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn buffers<'m>(pieces: &'m mut [&mut [u8]]) -> Buffers<'m> {
+        let mut buffers = Buffers::new();
+        for piece in pieces {
+            buffers.push(&VolatileSlice::from(&mut **piece));
+        }
+        buffers
+    }
+
+    #[test]
+    fn reads_and_writes_across_pieces() {
+        let (mut a, mut b) = ([1, 2, 3], [4, 5]);
+        let mut pieces = [&mut a[..], &mut b[..]];
+        let buffers = buffers(&mut pieces);
+        let mut out = [0; 3];
+        assert_eq!(buffers.read(1, &mut out), 3);
+        assert_eq!(out, [2, 3, 4]);
+        assert_eq!(buffers.write(2, &[9, 8, 7, 6]), 3);
+        assert_eq!((a, b), ([1, 2, 9], [8, 7]));
+    }
+
+    #[test]
+    fn reads_nothing_behind_the_end() {
+        let mut a = [1];
+        let mut pieces = [&mut a[..]];
+        assert_eq!(buffers(&mut pieces).read(1, &mut [0; 4]), 0);
+        assert_eq!(buffers(&mut pieces).read_obj::<u16>(0), None);
+    }
+
+    #[test]
+    fn advances_into_the_middle_of_a_piece() {
+        let (mut a, mut b) = ([1, 2], [3, 4, 5]);
+        let mut pieces = [&mut a[..], &mut b[..]];
+        let mut buffers = buffers(&mut pieces);
+        buffers.advance(3);
+        let mut out = [0; 2];
+        assert_eq!((buffers.len(), buffers.read(0, &mut out)), (2, 2));
+        assert_eq!(out, [4, 5]);
+        buffers.advance(10);
+        assert!(buffers.is_empty() && buffers.iovecs().is_empty());
+    }
+
+    #[test]
+    fn truncates_to_the_first_bytes() {
+        let (mut a, mut b) = ([1, 2], [3, 4, 5]);
+        let mut pieces = [&mut a[..], &mut b[..]];
+        let mut buffers = buffers(&mut pieces);
+        buffers.truncate(1);
+        assert_eq!((buffers.len(), buffers.iovecs().len()), (1, 1));
+        buffers.truncate(0);
+        assert!(buffers.iovecs().is_empty());
+    }
+
+    #[test]
+    fn appends_the_pieces_of_another() {
+        let (mut a, mut b) = ([1, 2], [3]);
+        let (mut pieces, mut more) = ([&mut a[..]], [&mut b[..]]);
+        let mut all = buffers(&mut pieces);
+        let mut other = buffers(&mut more);
+        all.append(&mut other);
+        let mut out = [0; 3];
+        all.read(0, &mut out);
+        assert_eq!((out, other.len()), ([1, 2, 3], 0));
+    }
+}

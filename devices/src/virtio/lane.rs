@@ -1,0 +1,192 @@
+//! [`Lane`]: the back half of a virtio device. It owns the running device and its queues, lives on an io loop, and
+//! exists only between DRIVER_OK and reset.
+//!
+//! The lane is the loop's only event subscriber: it calls the device, guards it against a broken driver, and holds
+//! events back while the machine is paused.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::Value;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Blob, DeviceError, Io, Irq, Queue, UpdateError, Vector, VirtioDevice, Watch};
+use crate::SharedMemory;
+
+/// Names a lane on its loop.
+pub type LaneId = u32;
+
+/// Work to be done on the loop's thread with the lane in hand.
+pub type Job = Box<dyn FnOnce(&mut Lane, &dyn Watch) + Send>;
+
+/// An io loop as slots see it. Every call waits until the loop has done it.
+pub trait LaneHost: Send + Sync {
+    /// Hands the lane to the loop, which calls [`Lane::start`] and then feeds it events.
+    fn attach(&self, lane: Box<Lane>) -> LaneId;
+    /// Takes the lane back; the loop has forgotten all its descriptors.
+    fn detach(&self, id: LaneId) -> Box<Lane>;
+    /// Runs `job` on the loop.
+    fn run(&self, id: LaneId, job: Job);
+}
+
+/// Tokens below are queue indexes, those from here on the device's own.
+const DEVICE_TOKENS: u32 = 1 << 16;
+
+/// A running device.
+pub struct Lane {
+    pub(super) device: Box<dyn VirtioDevice>,
+    pub(super) queues: Vec<Queue>,
+    pub(super) kicks: Vec<Arc<EventFd>>,
+    pub(super) memory: SharedMemory,
+    pub(super) irq: Arc<dyn Irq>,
+    pub(super) features: u64,
+    pub(super) broken: Arc<AtomicBool>,
+    pub(super) paused: bool,
+    /// The device's own tokens, to be replayed after a pause.
+    pub(super) tokens: Vec<u32>,
+}
+
+/// Maps the device's tokens behind those of its queues, and notes them for replay.
+struct DeviceWatch<'a> {
+    watch: &'a dyn Watch,
+    tokens: std::cell::RefCell<&'a mut Vec<u32>>,
+}
+
+impl Watch for DeviceWatch<'_> {
+    fn add(&self, fd: RawFd, token: u32) -> io::Result<()> {
+        self.watch.add(fd, DEVICE_TOKENS + token)?;
+        let mut tokens = self.tokens.borrow_mut();
+        if !tokens.contains(&token) {
+            tokens.push(token);
+        }
+        Ok(())
+    }
+
+    fn remove(&self, fd: RawFd) -> io::Result<()> {
+        self.watch.remove(fd)
+    }
+}
+
+impl Lane {
+    /// Watches the queues' kicks and activates the device. Called once by the loop.
+    pub fn start(&mut self, watch: &dyn Watch) {
+        for (token, (kick, queue)) in (0u32..).zip(self.kicks.iter().zip(&self.queues)) {
+            if !queue.config().ready {
+                continue;
+            }
+            if let Err(source) = watch.add(std::os::fd::AsRawFd::as_raw_fd(&**kick), token) {
+                return self.fail(&DeviceError::Host {
+                    op: "watch a queue's notifications",
+                    source,
+                });
+            }
+        }
+        self.call(watch, |device, io| device.activate(io));
+    }
+
+    /// A descriptor with `token` became ready.
+    pub fn on_event(&mut self, token: u32, watch: &dyn Watch) {
+        // A token behind the queues' range is never a queue: `start` gave out the indexes.
+        match u16::try_from(token) {
+            Ok(queue) => self.call(watch, |device, io| device.on_queue(queue, io)),
+            Err(_) => self.call(watch, |device, io| device.on_event(token - DEVICE_TOKENS, io)),
+        }
+    }
+
+    /// Finishes what is in flight and holds events back until [`Lane::resume`].
+    pub fn pause(&mut self, watch: &dyn Watch) {
+        self.call(watch, |device, io| device.quiesce(io));
+        self.paused = true;
+    }
+
+    /// Takes events again, and replays every one that may have come during the pause.
+    pub fn resume(&mut self, watch: &dyn Watch) {
+        if !std::mem::take(&mut self.paused) {
+            return;
+        }
+        for queue in 0..self.queues.len() {
+            if self.queues[queue].config().ready {
+                let queue = u16::try_from(queue).expect("a device has few queues");
+                self.call(watch, |device, io| device.on_queue(queue, io));
+            }
+        }
+        for token in self.tokens.clone() {
+            self.call(watch, |device, io| device.on_event(token, io));
+        }
+    }
+
+    /// Changes the device, and gives its configuration space as it is then.
+    pub fn update(&mut self, patch: Value, watch: &dyn Watch) -> Result<Vec<u8>, UpdateError> {
+        let memory = self.memory.memory();
+        let watch = DeviceWatch {
+            watch,
+            tokens: (&mut self.tokens).into(),
+        };
+        let mut io = Io {
+            mem: &memory,
+            queues: &mut self.queues,
+            irq: &*self.irq,
+            watch: &watch,
+            features: self.features,
+        };
+        self.device.update(patch, &mut io)?;
+        Ok(self.device.config_space().to_vec())
+    }
+
+    /// The device's state and its queues.
+    pub fn save(&self) -> (Blob, Vec<Queue>) {
+        (self.device.save(), self.queues.clone())
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Value {
+        self.device.metrics()
+    }
+
+    /// Ends the lane: the device goes back to its slot.
+    pub fn into_device(mut self) -> Box<dyn VirtioDevice> {
+        self.device.reset();
+        self.device
+    }
+
+    fn call(
+        &mut self,
+        watch: &dyn Watch,
+        work: impl FnOnce(&mut dyn VirtioDevice, &mut Io<'_>) -> Result<(), DeviceError>,
+    ) {
+        if self.paused || self.broken.load(Ordering::Relaxed) {
+            return;
+        }
+        let memory = self.memory.memory();
+        let watch = DeviceWatch {
+            watch,
+            tokens: (&mut self.tokens).into(),
+        };
+        let mut io = Io {
+            mem: &memory,
+            queues: &mut self.queues,
+            irq: &*self.irq,
+            watch: &watch,
+            features: self.features,
+        };
+        if let Err(error) = work(&mut *self.device, &mut io) {
+            self.fail(&error);
+        }
+    }
+
+    /// Marks the device as needing a reset (virtio 1.2 §2.1.2); until then it is deaf, so this is logged once.
+    fn fail(&self, error: &DeviceError) {
+        let cause = std::error::Error::source(error)
+            .map(|c| format!(": {c}"))
+            .unwrap_or_default();
+        log::warn!(
+            "{:?} device needs a reset by its driver: {error}{cause}",
+            self.device.info().kind
+        );
+        self.broken.store(true, Ordering::Release);
+        self.irq.raise(Vector::Config);
+    }
+}

@@ -1,0 +1,177 @@
+//! Virtio 1.2: what a device is ([`VirtioDevice`]), and the two halves of its state ([`VirtioSlot`], [`Lane`]).
+
+pub mod buffers;
+pub mod lane;
+pub mod queue;
+pub mod slot;
+pub mod state;
+
+use std::io;
+use std::os::fd::RawFd;
+
+use serde_json::Value;
+
+pub use buffers::Buffers;
+pub use lane::{Job, Lane, LaneHost, LaneId};
+pub use queue::{Chain, Queue, QueueConfig, QueueError, Ring};
+pub use slot::{SlotState, Transport, VirtioSlot};
+pub use state::{Blob, StateError};
+
+use crate::GuestMemory;
+
+/// Feature bits that belong to the transport and not to one device kind (virtio 1.2 §6).
+pub mod feature {
+    /// Indirect descriptor tables.
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// Notification suppression by index.
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// Virtio 1.0 or later.
+    pub const VERSION_1: u64 = 1 << 32;
+    /// What every device offers.
+    pub const COMMON: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1;
+}
+
+/// The kind of a device; the value is its virtio device id (virtio 1.2 §5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum DeviceKind {
+    /// Network card.
+    Net = 1,
+    /// Block device.
+    Block = 2,
+    /// Entropy source.
+    Entropy = 4,
+}
+
+impl DeviceKind {
+    /// The virtio device id.
+    pub fn id(self) -> u16 {
+        self as u16
+    }
+
+    /// PCI class code (base class, sub-class) under which operating systems list the device.
+    pub fn pci_class(self) -> (u8, u8) {
+        match self {
+            DeviceKind::Net => (0x02, 0x00),
+            DeviceKind::Block => (0x01, 0x80),
+            DeviceKind::Entropy => (0xff, 0x00),
+        }
+    }
+}
+
+/// What a transport needs to know of a device; fixed for its life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// The largest size of each queue.
+    pub queue_sizes: Vec<u16>,
+    /// Offered features, [`feature::COMMON`] included.
+    pub features: u64,
+}
+
+/// What an interrupt is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vector {
+    /// The configuration space or the status changed.
+    Config,
+    /// The queue with this index has used buffers.
+    Queue(u16),
+}
+
+/// Interrupts towards the driver. Raising never blocks and takes no lock.
+pub trait Irq: Send + Sync {
+    /// Tells the driver.
+    fn raise(&self, vector: Vector);
+}
+
+/// Registers a device's own file descriptors with the io loop that runs it.
+pub trait Watch {
+    /// Calls [`VirtioDevice::on_event`] with `token` on every new readiness of `fd` (edge-triggered: the device
+    /// reads until it would block, or tries again by itself when its queue is kicked).
+    fn add(&self, fd: RawFd, token: u32) -> io::Result<()>;
+    /// Stops watching `fd`.
+    fn remove(&self, fd: RawFd) -> io::Result<()>;
+}
+
+/// What is lent to a device for one call.
+pub struct Io<'a> {
+    /// The guest's memory.
+    pub mem: &'a GuestMemory,
+    /// The running queues; empty while the driver is not ready.
+    pub queues: &'a mut [Queue],
+    /// The way to interrupt the driver.
+    pub irq: &'a dyn Irq,
+    /// The io loop.
+    pub watch: &'a dyn Watch,
+    /// The features that the driver accepted.
+    pub features: u64,
+}
+
+/// A failure while a device works. The lane marks the device as needing a reset; the machine goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The driver broke the protocol.
+    #[error("the driver broke the virtqueue protocol")]
+    Queue(#[from] QueueError),
+    /// The host refused something that the device cannot do without.
+    #[error("cannot {op}")]
+    Host {
+        /// What was tried.
+        op: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Why a change of a live device was refused; nothing changed.
+#[derive(Debug, thiserror::Error)]
+pub enum UpdateError {
+    /// The body is not this device's patch.
+    #[error("invalid patch")]
+    Json(#[from] serde_json::Error),
+    /// The device cannot take it.
+    #[error("{0}")]
+    Refused(String),
+    /// The host refused.
+    #[error("cannot {op}")]
+    Host {
+        /// What was tried, with the object.
+        op: String,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// The behaviour of a virtio device.
+///
+/// It owns its backend and its counters; memory, queues and interrupt are lent per call. Between `activate` and
+/// `reset` it lives on an io thread, otherwise in its slot.
+pub trait VirtioDevice: Send {
+    /// Plain facts, the same for the whole life.
+    fn info(&self) -> &DeviceInfo;
+    /// The device's configuration space; the slot copies it after creation and after every `update`.
+    fn config_space(&self) -> &[u8];
+    /// The driver is ready (also called once after a restore): watch own file descriptors.
+    fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError>;
+    /// The driver has kicked `queue`, which is ready. Also called without cause after a resume.
+    fn on_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError>;
+    /// A watched descriptor became ready. Also called without cause after a resume.
+    fn on_event(&mut self, _token: u32, _io: &mut Io<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// Finishes what is in flight, before a pause.
+    fn quiesce(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// Forgets what it knows of the driver; counters and backend stay. The loop no longer watches anything.
+    fn reset(&mut self) {}
+    /// Changes the live device as its own `Patch` says, wholly or not at all.
+    fn update(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError>;
+    /// What a snapshot must keep beyond config and queues.
+    fn save(&self) -> Blob;
+    /// Takes a saved state into a new device of the same config.
+    fn load(&mut self, state: Blob) -> Result<(), StateError>;
+    /// The counters since creation, as one JSON object.
+    fn metrics(&self) -> Value;
+}

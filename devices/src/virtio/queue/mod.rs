@@ -1,0 +1,436 @@
+//! The split virtqueue (virtio 1.2 §2.7), device side.
+//!
+//! [`QueueConfig`] is what the driver writes through the transport's registers. At DRIVER_OK it becomes a [`Queue`],
+//! which an io loop owns. To work on a queue a device opens it: [`Queue::open`] looks the three rings up in guest
+//! memory once and gives a [`Ring`], whose operations are then plain bounds-checked loads and stores.
+//!
+//! ```text
+//! let mut ring = queue.open(mem)?;
+//! loop {
+//!     while ring.pop(&mut chain)? { serve(&chain); ring.push(chain.head(), written)?; }
+//!     ring.publish()?;                        // makes the answers visible
+//!     if !ring.enable_notify()? { break }     // nothing came in the meantime
+//! }
+//! if ring.needs_interrupt()? { irq.raise(..) }
+//! ```
+
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use super::buffers::Buffers;
+use crate::GuestMemory;
+
+/// The largest queue (virtio 1.2 §2.6).
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+/// The most pieces a chain may have: what one vectored system call takes.
+pub const MAX_CHAIN_PIECES: usize = 1024;
+
+const DESC_F_NEXT: u16 = 1;
+const DESC_F_WRITE: u16 = 2;
+const DESC_F_INDIRECT: u16 = 4;
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+const USED_F_NO_NOTIFY: u16 = 1;
+const DESC_SIZE: usize = 16;
+
+/// What a driver can get wrong. Any of these makes the device ask for a reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// The size is zero, not a power of two or above the maximum.
+    #[error("queue size {size} is not a power of two of at most {max}")]
+    Size {
+        /// What the driver wrote.
+        size: u16,
+        /// What the device offers.
+        max: u16,
+    },
+    /// A ring is misaligned or not in guest memory.
+    #[error("the {ring} at {address:#x} is misaligned or outside guest memory")]
+    Ring {
+        /// Which ring.
+        ring: &'static str,
+        /// Where the driver put it.
+        address: u64,
+    },
+    /// The available index ran ahead by more than the queue size.
+    #[error("the available index {index} is more than the queue size ahead of {next}")]
+    AvailableIndex {
+        /// The driver's index.
+        index: u16,
+        /// The device's position.
+        next: u16,
+    },
+    /// A descriptor index, flag or order is wrong, or the chain has a loop or too many pieces.
+    #[error("the descriptor chain at {head} is malformed: {what}")]
+    Chain {
+        /// Head of the chain.
+        head: u16,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// A descriptor names memory that the guest does not have.
+    #[error("the descriptor chain at {head} names {len} bytes at {address:#x}, which is not guest memory")]
+    Buffer {
+        /// Head of the chain.
+        head: u16,
+        /// Start of the buffer.
+        address: u64,
+        /// Bytes.
+        len: u32,
+    },
+}
+
+/// A queue as the transport's registers describe it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueConfig {
+    /// Largest size that the device offers.
+    pub max_size: u16,
+    /// Size that the driver chose.
+    pub size: u16,
+    /// True once the driver enabled the queue.
+    pub ready: bool,
+    /// Guest address of the descriptor table.
+    pub desc_table: u64,
+    /// Guest address of the available ring.
+    pub avail_ring: u64,
+    /// Guest address of the used ring.
+    pub used_ring: u64,
+}
+
+impl QueueConfig {
+    /// A queue as it is after reset.
+    pub fn new(max_size: u16) -> Self {
+        Self {
+            max_size,
+            size: max_size,
+            ready: false,
+            desc_table: 0,
+            avail_ring: 0,
+            used_ring: 0,
+        }
+    }
+}
+
+/// A running queue: its place in guest memory and the device's positions in it. This is also its saved state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queue {
+    config: QueueConfig,
+    event_idx: bool,
+    next_avail: u16,
+    next_used: u16,
+    /// `next_used` when an interrupt was last considered.
+    signalled: u16,
+}
+
+impl Queue {
+    /// Checks what the driver set up and makes a queue at position zero. A queue that is not ready is kept as it
+    /// is: every use of it finds it empty.
+    pub fn new(config: QueueConfig, event_idx: bool, mem: &GuestMemory) -> Result<Self, QueueError> {
+        let mut queue = Self {
+            config,
+            event_idx,
+            next_avail: 0,
+            next_used: 0,
+            signalled: 0,
+        };
+        if config.ready {
+            queue.open(mem)?;
+        }
+        Ok(queue)
+    }
+
+    /// What the driver set up.
+    pub fn config(&self) -> &QueueConfig {
+        &self.config
+    }
+
+    /// Looks the rings up and gives access to them. A queue that is not ready gives an error that names it so.
+    pub fn open<'q, 'm>(&'q mut self, mem: &'m GuestMemory) -> Result<Ring<'q, 'm>, QueueError> {
+        let QueueConfig {
+            max_size,
+            size,
+            desc_table,
+            avail_ring,
+            used_ring,
+            ready,
+        } = self.config;
+        if !ready || !size.is_power_of_two() || size > max_size || size > MAX_QUEUE_SIZE {
+            return Err(QueueError::Size {
+                size: if ready { size } else { 0 },
+                max: max_size,
+            });
+        }
+        let entries = usize::from(size);
+        Ok(Ring {
+            desc: ring_slice(mem, "descriptor table", desc_table, 16, DESC_SIZE * entries)?,
+            avail: ring_slice(mem, "available ring", avail_ring, 2, 6 + 2 * entries)?,
+            used: ring_slice(mem, "used ring", used_ring, 4, 6 + 8 * entries)?,
+            queue: self,
+            mem,
+        })
+    }
+}
+
+fn ring_slice<'m>(
+    mem: &'m GuestMemory,
+    ring: &'static str,
+    address: u64,
+    align: u64,
+    len: usize,
+) -> Result<VolatileSlice<'m>, QueueError> {
+    if !address.is_multiple_of(align) {
+        return Err(QueueError::Ring { ring, address });
+    }
+    mem.get_slice(GuestAddress(address), len)
+        .map_err(|_| QueueError::Ring { ring, address })
+}
+
+/// One popped request: the driver's buffers, device-readable ones first (virtio 1.2 §2.7.4.2).
+///
+/// Reuse one value for a whole batch: its allocations stay.
+#[derive(Default)]
+pub struct Chain<'m> {
+    head: u16,
+    /// What the device reads.
+    pub readable: Buffers<'m>,
+    /// What the device writes.
+    pub writable: Buffers<'m>,
+}
+
+impl Chain<'_> {
+    /// An empty chain to pop into.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Index of the first descriptor, to be given back by [`Ring::push`].
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+}
+
+/// A queue opened for work. Dropping it keeps the positions in the [`Queue`].
+pub struct Ring<'q, 'm> {
+    queue: &'q mut Queue,
+    mem: &'m GuestMemory,
+    desc: VolatileSlice<'m>,
+    avail: VolatileSlice<'m>,
+    used: VolatileSlice<'m>,
+}
+
+#[derive(Clone, Copy)]
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl<'m> Ring<'_, 'm> {
+    /// Takes the next available chain into `chain`; false when there is none.
+    pub fn pop(&mut self, chain: &mut Chain<'m>) -> Result<bool, QueueError> {
+        if self.pending()? == 0 {
+            return Ok(false);
+        }
+        let slot = usize::from(self.queue.next_avail & (self.size() - 1));
+        chain.head = load_u16(&self.avail, 4 + 2 * slot, Ordering::Relaxed);
+        chain.readable.clear();
+        chain.writable.clear();
+        self.gather(chain)?;
+        self.queue.next_avail = self.queue.next_avail.wrapping_add(1);
+        Ok(true)
+    }
+
+    /// Puts the last popped chain back: the next `pop` gives it again.
+    pub fn unpop(&mut self) {
+        self.queue.next_avail = self.queue.next_avail.wrapping_sub(1);
+    }
+
+    /// How many chains the driver has made available that were not popped.
+    pub fn pending(&self) -> Result<u16, QueueError> {
+        let index = load_u16(&self.avail, 2, Ordering::Acquire);
+        let pending = (Wrapping(index) - Wrapping(self.queue.next_avail)).0;
+        if pending > self.size() {
+            return Err(QueueError::AvailableIndex {
+                index,
+                next: self.queue.next_avail,
+            });
+        }
+        Ok(pending)
+    }
+
+    /// Enters a chain into the used ring with the count of bytes written to it. The driver sees it after
+    /// [`Ring::publish`].
+    pub fn push(&mut self, head: u16, written: u32) {
+        let slot = usize::from(self.queue.next_used & (self.size() - 1));
+        let entry = u64::from(head) | u64::from(written) << 32;
+        // Bounds hold by construction of the slices in `open`.
+        let _ = self.used.write_obj(entry.to_le(), 4 + 8 * slot);
+        self.queue.next_used = self.queue.next_used.wrapping_add(1);
+    }
+
+    /// Makes all pushed chains visible to the driver.
+    pub fn publish(&mut self) {
+        store_u16(&self.used, 2, self.queue.next_used, Ordering::Release);
+    }
+
+    /// Whether the driver wants an interrupt for what was published since the last call (virtio 1.2 §2.7.7.2).
+    pub fn needs_interrupt(&mut self) -> bool {
+        let (new, old) = (Wrapping(self.queue.next_used), Wrapping(self.queue.signalled));
+        if new == old {
+            return false;
+        }
+        self.queue.signalled = new.0;
+        // The used index must be visible before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        if self.queue.event_idx {
+            let event = Wrapping(load_u16(
+                &self.avail,
+                4 + 2 * usize::from(self.size()),
+                Ordering::Relaxed,
+            ));
+            return new - event - Wrapping(1) < new - old;
+        }
+        load_u16(&self.avail, 0, Ordering::Relaxed) & AVAIL_F_NO_INTERRUPT == 0
+    }
+
+    /// Asks the driver to notify again, and tells whether chains came in the meantime: then go on working.
+    pub fn enable_notify(&mut self) -> Result<bool, QueueError> {
+        self.set_notify(true);
+        // The wish must be visible before the index is read again, or a chain could wait for ever.
+        fence(Ordering::SeqCst);
+        Ok(self.pending()? != 0)
+    }
+
+    /// Tells the driver that notifications are not needed while the device works.
+    pub fn disable_notify(&mut self) {
+        self.set_notify(false);
+    }
+
+    fn set_notify(&mut self, wanted: bool) {
+        match (self.queue.event_idx, wanted) {
+            // An event index in the past asks for nothing, so there is nothing to turn off.
+            (true, false) => {}
+            (true, true) => {
+                let offset = 4 + 8 * usize::from(self.size());
+                store_u16(&self.used, offset, self.queue.next_avail, Ordering::Relaxed);
+            }
+            (false, true) => store_u16(&self.used, 0, 0, Ordering::Relaxed),
+            (false, false) => store_u16(&self.used, 0, USED_F_NO_NOTIFY, Ordering::Relaxed),
+        }
+    }
+
+    fn size(&self) -> u16 {
+        self.queue.config.size
+    }
+
+    fn gather(&self, chain: &mut Chain<'m>) -> Result<(), QueueError> {
+        let head = chain.head;
+        let first = descriptor(&self.desc, head, head)?;
+        if first.flags & DESC_F_INDIRECT == 0 {
+            return self.walk(&self.desc, first, chain);
+        }
+        let len = usize::try_from(first.len).expect("a u32 fits");
+        if first.flags & DESC_F_NEXT != 0 || len == 0 || !len.is_multiple_of(DESC_SIZE) {
+            return Err(QueueError::Chain {
+                head,
+                what: "the indirect descriptor has a next flag or a bad length",
+            });
+        }
+        let missing = QueueError::Buffer {
+            head,
+            address: first.address,
+            len: first.len,
+        };
+        let table = self
+            .mem
+            .get_slice(GuestAddress(first.address), len)
+            .map_err(|_| missing)?;
+        self.walk(&table, descriptor(&table, 0, head)?, chain)
+    }
+
+    fn walk(
+        &self,
+        table: &VolatileSlice<'m>,
+        first: Descriptor,
+        chain: &mut Chain<'m>,
+    ) -> Result<(), QueueError> {
+        let head = chain.head;
+        let malformed = |what| QueueError::Chain { head, what };
+        let mut total = 0u32;
+        let mut desc = first;
+        for _ in 0..MAX_CHAIN_PIECES {
+            if desc.flags & DESC_F_INDIRECT != 0 {
+                return Err(malformed("an indirect table inside a chain"));
+            }
+            total = total
+                .checked_add(desc.len)
+                .ok_or_else(|| malformed("more than 4 GiB"))?;
+            self.add_piece(desc, chain)?;
+            if desc.flags & DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            desc = descriptor(table, desc.next, head)?;
+        }
+        Err(malformed("a loop or more than 1024 descriptors"))
+    }
+
+    fn add_piece(&self, desc: Descriptor, chain: &mut Chain<'m>) -> Result<(), QueueError> {
+        let (head, Descriptor { address, len, .. }) = (chain.head, desc);
+        let side = match desc.flags & DESC_F_WRITE != 0 {
+            true => &mut chain.writable,
+            false if chain.writable.is_empty() => &mut chain.readable,
+            false => {
+                return Err(QueueError::Chain {
+                    head,
+                    what: "a readable descriptor behind a writable one",
+                });
+            }
+        };
+        if len == 0 {
+            return Ok(());
+        }
+        let count = usize::try_from(len).expect("a u32 fits");
+        let slice = self.mem.get_slice(GuestAddress(address), count);
+        side.push(&slice.map_err(|_| QueueError::Buffer { head, address, len })?);
+        Ok(())
+    }
+}
+
+fn descriptor(table: &VolatileSlice<'_>, index: u16, head: u16) -> Result<Descriptor, QueueError> {
+    let offset = DESC_SIZE * usize::from(index);
+    // One read each: the guest may change the table while it is looked at.
+    match (table.read_obj::<u64>(offset), table.read_obj::<u64>(offset + 8)) {
+        (Ok(address), Ok(rest)) => {
+            let [l0, l1, l2, l3, f0, f1, n0, n1] = u64::from_le(rest).to_le_bytes();
+            Ok(Descriptor {
+                address: u64::from_le(address),
+                len: u32::from_le_bytes([l0, l1, l2, l3]),
+                flags: u16::from_le_bytes([f0, f1]),
+                next: u16::from_le_bytes([n0, n1]),
+            })
+        }
+        _ => Err(QueueError::Chain {
+            head,
+            what: "a descriptor index behind the end of its table",
+        }),
+    }
+}
+
+fn load_u16(slice: &VolatileSlice<'_>, offset: usize, order: Ordering) -> u16 {
+    slice
+        .load::<u16>(offset, order)
+        .map(u16::from_le)
+        .expect("`open` checked the ring's size and alignment")
+}
+
+fn store_u16(slice: &VolatileSlice<'_>, offset: usize, value: u16, order: Ordering) {
+    slice
+        .store(value.to_le(), offset, order)
+        .expect("`open` checked the ring's size and alignment");
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,445 @@
+//! [`VirtioSlot`]: the front half of a virtio device. It is what the registers of a transport touch: features, the
+//! status machine, queue set-up and a copy of the configuration space.
+//!
+//! It holds the device while the driver is not ready. At DRIVER_OK it moves the device and its queues into a
+//! [`Lane`] on an io loop; a reset brings the device back. vCPU threads and the control thread use it under the
+//! transport's lock; the io loop never does, so waiting for the loop while holding that lock is safe.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    Blob, DeviceInfo, Io, Irq, Lane, LaneHost, LaneId, Queue, QueueConfig, StateError, UpdateError, Vector,
+    VirtioDevice, Watch, feature,
+};
+use crate::SharedMemory;
+use crate::bus::BusDevice;
+
+/// Device status bits (virtio 1.2 §2.1).
+pub mod status {
+    /// The guest has seen the device.
+    pub const ACKNOWLEDGE: u8 = 1;
+    /// The guest has a driver.
+    pub const DRIVER: u8 = 2;
+    /// The driver is ready.
+    pub const DRIVER_OK: u8 = 4;
+    /// Feature negotiation is complete.
+    pub const FEATURES_OK: u8 = 8;
+    /// The device met an error that only a reset clears.
+    pub const NEEDS_RESET: u8 = 0x40;
+    /// The guest has given up on the device.
+    pub const FAILED: u8 = 0x80;
+}
+
+/// A transport: register decoding over a slot.
+pub trait Transport: BusDevice {
+    /// The slot behind the registers.
+    fn slot(&mut self) -> &mut VirtioSlot;
+}
+
+/// What the driver has written, as registers hold it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriverState {
+    /// Which 32 bits of the offered features are read.
+    pub device_features_select: u32,
+    /// Which 32 bits of the accepted features are written.
+    pub driver_features_select: u32,
+    /// Features the driver accepted.
+    pub features: u64,
+    /// Which queue the queue registers mean.
+    pub queue_select: u16,
+    status: u8,
+    queues: Vec<QueueConfig>,
+}
+
+/// The saved state of slot and device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SlotState {
+    driver: DriverState,
+    config_generation: u8,
+    needs_reset: bool,
+    /// The running queues, when the driver was ready.
+    running: Option<Vec<Queue>>,
+    device: Blob,
+}
+
+enum Half {
+    Idle(Box<dyn VirtioDevice>),
+    Running(LaneId),
+    /// Only while a device is handed over.
+    Moving,
+}
+
+/// The front half of a device.
+pub struct VirtioSlot {
+    /// What the driver has written.
+    pub driver: DriverState,
+    info: DeviceInfo,
+    config: Vec<u8>,
+    config_generation: u8,
+    broken: Arc<AtomicBool>,
+    irq: Arc<dyn Irq>,
+    kicks: Vec<Arc<EventFd>>,
+    memory: SharedMemory,
+    host: Arc<dyn LaneHost>,
+    half: Half,
+}
+
+struct NoWatch;
+
+impl Watch for NoWatch {
+    fn add(&self, _: std::os::fd::RawFd, _: u32) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn remove(&self, _: std::os::fd::RawFd) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl VirtioSlot {
+    /// A slot that holds `device` and will run it on `host`. Fails when the host has no descriptor left for the
+    /// queues' notifications.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        irq: Arc<dyn Irq>,
+        memory: SharedMemory,
+        host: Arc<dyn LaneHost>,
+    ) -> std::io::Result<Self> {
+        let info = device.info().clone();
+        let queues: Vec<_> = info
+            .queue_sizes
+            .iter()
+            .map(|&size| QueueConfig::new(size))
+            .collect();
+        let kick = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new);
+        let kicks = queues.iter().map(kick).collect::<Result<_, _>>()?;
+        Ok(Self {
+            driver: DriverState {
+                device_features_select: 0,
+                driver_features_select: 0,
+                features: 0,
+                queue_select: 0,
+                status: 0,
+                queues,
+            },
+            kicks,
+            config: device.config_space().to_vec(),
+            config_generation: 0,
+            broken: Arc::default(),
+            half: Half::Idle(device),
+            info,
+            irq,
+            memory,
+            host,
+        })
+    }
+
+    /// Facts about the device.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// One descriptor per queue; the driver's notifications are bound to them, and they stay the same for ever.
+    pub fn kicks(&self) -> &[Arc<EventFd>] {
+        &self.kicks
+    }
+
+    /// Notifies a queue from a register write that no ioeventfd took.
+    pub fn kick(&self, queue: u16) {
+        if let Some(kick) = self.kicks.get(usize::from(queue)) {
+            // Only a full counter refuses, and then the loop is awake already.
+            let _ = kick.write(1);
+        }
+    }
+
+    /// The selected 32 bits of the offered features.
+    pub fn device_features(&self) -> u32 {
+        match self.driver.device_features_select {
+            0 => low(self.info.features),
+            1 => low(self.info.features >> 32),
+            _ => 0,
+        }
+    }
+
+    /// The selected 32 bits of the accepted features.
+    pub fn driver_features(&self) -> u32 {
+        match self.driver.driver_features_select {
+            0 => low(self.driver.features),
+            1 => low(self.driver.features >> 32),
+            _ => 0,
+        }
+    }
+
+    /// Accepts features; after FEATURES_OK the driver must not (virtio 1.2 §2.2.1), so it has no effect.
+    pub fn set_driver_features(&mut self, value: u32) {
+        if self.driver.status & status::FEATURES_OK != 0 {
+            return;
+        }
+        let value = u64::from(value);
+        match self.driver.driver_features_select {
+            0 => self.driver.features = self.driver.features & !0xffff_ffff | value,
+            1 => self.driver.features = self.driver.features & 0xffff_ffff | value << 32,
+            _ => {}
+        }
+    }
+
+    /// The set-up of the selected queue.
+    pub fn queue(&self) -> Option<&QueueConfig> {
+        self.driver.queues.get(usize::from(self.driver.queue_select))
+    }
+
+    /// The set-up of the selected queue, while the driver may change it: after FEATURES_OK and before DRIVER_OK.
+    pub fn queue_mut(&mut self) -> Option<&mut QueueConfig> {
+        let phase = self.driver.status & (status::FEATURES_OK | status::DRIVER_OK);
+        if phase != status::FEATURES_OK {
+            return None;
+        }
+        self.driver.queues.get_mut(usize::from(self.driver.queue_select))
+    }
+
+    /// How many queues there are.
+    pub fn queue_count(&self) -> u16 {
+        u16::try_from(self.driver.queues.len()).expect("a device has few queues")
+    }
+
+    /// The device status, with NEEDS_RESET when the device met an error.
+    pub fn status(&self) -> u8 {
+        let broken = self.broken.load(Ordering::Acquire);
+        self.driver.status | if broken { status::NEEDS_RESET } else { 0 }
+    }
+
+    /// Advances the status machine (virtio 1.2 §3.1.1). Zero resets; a bit once set stays set until then.
+    pub fn set_status(&mut self, value: u8) {
+        if value == 0 {
+            return self.reset();
+        }
+        let value = value & !status::NEEDS_RESET;
+        let old = self.driver.status;
+        if value & old != old {
+            log::warn!(
+                "{:?} device: the driver tried to clear status bits",
+                self.info.kind
+            );
+            return;
+        }
+        let mut new = value;
+        if new & !old & status::FEATURES_OK != 0 && !self.features_acceptable() {
+            // The driver reads the bit back to learn that its choice was refused.
+            new &= !status::FEATURES_OK;
+        }
+        self.driver.status = new;
+        let ready = status::FEATURES_OK | status::DRIVER_OK;
+        if new & ready == ready && new & status::FAILED == 0 && old & status::DRIVER_OK == 0 {
+            self.activate(None);
+        }
+    }
+
+    /// Generation of the configuration space (virtio 1.2 §2.5.1).
+    pub fn config_generation(&self) -> u8 {
+        self.config_generation
+    }
+
+    /// Reads the configuration space; bytes behind its end read as zero.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let Ok(offset) = usize::try_from(offset) else {
+            return;
+        };
+        if let Some(rest) = self.config.get(offset..) {
+            let count = rest.len().min(data.len());
+            data[..count].copy_from_slice(&rest[..count]);
+        }
+    }
+
+    /// Takes the device back from the loop and forgets the driver.
+    pub fn reset(&mut self) {
+        self.half = match std::mem::replace(&mut self.half, Half::Moving) {
+            Half::Running(id) => Half::Idle(self.host.detach(id).into_device()),
+            idle => idle,
+        };
+        self.broken.store(false, Ordering::Release);
+        self.driver = DriverState {
+            device_features_select: 0,
+            driver_features_select: 0,
+            features: 0,
+            queue_select: 0,
+            status: 0,
+            queues: self
+                .info
+                .queue_sizes
+                .iter()
+                .map(|&size| QueueConfig::new(size))
+                .collect(),
+        };
+    }
+
+    /// Changes the device; the driver is told when its configuration space is another one then.
+    pub fn update(&mut self, patch: Value) -> Result<(), UpdateError> {
+        let config = match &mut self.half {
+            Half::Idle(device) => {
+                let memory = self.memory.memory();
+                let (irq, features) = (&*self.irq, self.driver.features);
+                device.update(
+                    patch,
+                    &mut Io {
+                        mem: &memory,
+                        queues: &mut [],
+                        irq,
+                        watch: &NoWatch,
+                        features,
+                    },
+                )?;
+                device.config_space().to_vec()
+            }
+            _ => self.on_lane(move |lane, watch| lane.update(patch, watch))?,
+        };
+        if config != self.config {
+            self.config = config;
+            self.config_generation = self.config_generation.wrapping_add(1);
+            self.irq.raise(Vector::Config);
+        }
+        Ok(())
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Value {
+        match &self.half {
+            Half::Idle(device) => device.metrics(),
+            _ => self.on_lane(|lane, _| lane.metrics()),
+        }
+    }
+
+    /// Lets the device finish what is in flight and hold events back. The vCPUs have stopped before.
+    pub fn pause(&self) {
+        if let Half::Running(_) = self.half {
+            self.on_lane(|lane, watch| lane.pause(watch));
+        }
+    }
+
+    /// Lets the device go on. The vCPUs start after.
+    pub fn resume(&self) {
+        if let Half::Running(_) = self.half {
+            self.on_lane(|lane, watch| lane.resume(watch));
+        }
+    }
+
+    /// The state of slot and device. The machine is paused.
+    pub fn save(&self) -> SlotState {
+        let (device, running) = match &self.half {
+            Half::Idle(device) => (device.save(), None),
+            _ => {
+                let (device, queues) = self.on_lane(|lane, _| lane.save());
+                (device, Some(queues))
+            }
+        };
+        SlotState {
+            driver: self.driver.clone(),
+            config_generation: self.config_generation,
+            needs_reset: self.broken.load(Ordering::Acquire),
+            running,
+            device,
+        }
+    }
+
+    /// Takes a saved state into a new slot with a device of the same config; starts it when it ran.
+    pub fn load(&mut self, state: SlotState) -> Result<(), StateError> {
+        let inconsistent = |what: &str| StateError::Inconsistent {
+            kind: "slot",
+            what: what.into(),
+        };
+        let sizes_match =
+            |queues: &mut dyn Iterator<Item = u16>| queues.eq(self.info.queue_sizes.iter().copied());
+        if !sizes_match(&mut state.driver.queues.iter().map(|q| q.max_size)) {
+            return Err(inconsistent("the queues are not those of this device"));
+        }
+        if state.driver.features & !self.info.features != 0 {
+            return Err(inconsistent(
+                "the driver accepted features that this device does not offer",
+            ));
+        }
+        let running = state.running.as_deref();
+        if running.is_some_and(|queues| !sizes_match(&mut queues.iter().map(|q| q.config().max_size))) {
+            return Err(inconsistent("the running queues are not those of this device"));
+        }
+        let Half::Idle(device) = &mut self.half else {
+            return Err(inconsistent("the slot is in use"));
+        };
+        device.load(state.device)?;
+        self.config = device.config_space().to_vec();
+        self.driver = state.driver;
+        self.config_generation = state.config_generation;
+        self.broken.store(state.needs_reset, Ordering::Release);
+        if let Some(queues) = state.running {
+            self.activate(Some(queues));
+        }
+        Ok(())
+    }
+
+    fn features_acceptable(&self) -> bool {
+        let accepted = self.driver.features;
+        accepted & !self.info.features == 0 && accepted & feature::VERSION_1 != 0
+    }
+
+    /// Moves the device into a lane. A queue that the driver set up wrongly makes the device need a reset.
+    fn activate(&mut self, restored: Option<Vec<Queue>>) {
+        let memory = self.memory.memory();
+        let event_idx = self.driver.features & feature::EVENT_IDX != 0;
+        let make = || {
+            self.driver
+                .queues
+                .iter()
+                .map(|config| Queue::new(*config, event_idx, &memory))
+                .collect()
+        };
+        let queues = match restored.map_or_else(make, Ok::<Vec<Queue>, super::QueueError>) {
+            Ok(queues) => queues,
+            Err(error) => {
+                log::warn!("{:?} device needs a reset by its driver: {error}", self.info.kind);
+                self.broken.store(true, Ordering::Release);
+                return self.irq.raise(Vector::Config);
+            }
+        };
+        let Half::Idle(device) = std::mem::replace(&mut self.half, Half::Moving) else {
+            unreachable!("only an idle slot is activated: a reset came before a second DRIVER_OK");
+        };
+        let lane = Lane {
+            device,
+            queues,
+            kicks: self.kicks.clone(),
+            memory: self.memory.clone(),
+            irq: Arc::clone(&self.irq),
+            features: self.driver.features,
+            broken: Arc::clone(&self.broken),
+            paused: false,
+            tokens: Vec::new(),
+        };
+        self.half = Half::Running(self.host.attach(Box::new(lane)));
+    }
+
+    /// Runs `work` on the loop that owns the lane, and waits for its answer.
+    fn on_lane<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Lane, &dyn Watch) -> R + Send + 'static,
+    ) -> R {
+        let Half::Running(id) = self.half else {
+            unreachable!("the caller has seen that the slot is running")
+        };
+        let (answer, result) = mpsc::sync_channel(1);
+        let job = move |lane: &mut Lane, watch: &dyn Watch| {
+            // The receiver waits below.
+            let _ = answer.send(work(lane, watch));
+        };
+        self.host.run(id, Box::new(job));
+        result.recv().expect("the loop runs every job it takes")
+    }
+}
+
+fn low(value: u64) -> u32 {
+    u32::try_from(value & 0xffff_ffff).expect("masked to 32 bits")
+}
