@@ -1,1 +1,53 @@
-//! HTTP/1.1 over a unix socket.
+//! HTTP/1.1 over a unix stream socket, for a REST API of small JSON bodies.
+//!
+//! This crate frames bytes into requests and answers into bytes; it knows neither routes nor VMs. The monitor
+//! runs one [`Server`] on its `api` thread and gives it a [`Handler`]. An answer travels back through the
+//! [`Responder`] that comes with its request, from any thread and at any later time, while the other connections
+//! go on being served.
+//!
+//! ```no_run
+//! use api_server::{Request, Responder, Response, Server, ServerConfig};
+//! # fn main() -> Result<(), api_server::ServerError> {
+//! let mut server = Server::bind("/run/mayfly.socket".as_ref(), ServerConfig::default())?;
+//! server.run(&mut |request: Request, responder: Responder| {
+//!     responder.send(match request.path.as_str() {
+//!         "/version" => Response::json(r#"{"firecracker_version":"1.16.1"}"#),
+//!         _ => Response::fault(400, "No such resource."),
+//!     });
+//! })
+//! # }
+//! ```
+//!
+//! # Limits and time-outs
+//!
+//! * Ten connections at a time ([`ServerConfig::max_connections`]). One more is answered 503 and closed; idle
+//!   connections are never evicted for it, because orchestrators keep theirs open between requests.
+//! * 8 KiB for a request's head, 64 headers, and [`ServerConfig::max_body`] bytes of body.
+//! * One request per connection is with the handler at a time, and nothing more is read until its answer is
+//!   written, so that memory is bounded however fast a client sends. Pipelined requests wait in the socket.
+//! * A client that stops in the middle of a request, or does not read its answer, is closed after
+//!   [`ServerConfig::timeout`]. A connection with nothing in flight may stay open forever, and a handler may take as
+//!   long as it likes. With nothing in flight no timer is armed: an idle server does not wake up.
+//!
+//! # Errors on the wire
+//!
+//! Whatever cannot be parsed is answered 400 with `{"fault_message":"..."}`, after the answers to the requests before
+//! it. The connection is then closed, since the start of the next request is unknown. It lingers until the client has
+//! stopped sending (for two seconds at most), so that the client reads the answer and not a reset.
+#![forbid(unsafe_code)]
+
+mod connection;
+mod error;
+mod handler;
+mod head;
+pub mod message;
+pub mod parser;
+mod poller;
+mod server;
+mod socket;
+
+pub use error::{ParseError, ServerError};
+pub use handler::{Handler, Responder};
+pub use message::{Method, Request, Response};
+pub use server::{Server, ServerConfig, Stopper};
+pub use socket::SocketFile;
