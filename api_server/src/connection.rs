@@ -7,8 +7,8 @@
 //!    └── parse error, time-out, interim 100 ───┘
 //! ```
 //!
-//! Owned by the server and driven on its thread only. All calls return at once; what to do next comes back as a
-//! [`Step`].
+//! Owned by the server and driven on its thread only. All calls return at once; what to do next comes back as
+//! a [`Step`].
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -24,8 +24,8 @@ use crate::parser::{Parsed, RequestParser};
 /// How much one call reads, in bytes: others get their turn before a large body continues.
 const PIECE: usize = 4096;
 
-/// How long a closed connection goes on discarding what the client still sends. Closing with unread bytes would give the
-/// client a reset, perhaps before it has read its answer.
+/// How long a closed connection goes on discarding what the client still sends. Closing with unread bytes
+/// would give the client a reset, perhaps before it has read its answer.
 const LINGER: Duration = Duration::from_secs(2);
 
 /// What the server does next for a connection.
@@ -68,7 +68,8 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// A connection on a non-blocking `stream`, with limits of `max_body` bytes and of `timeout` without progress.
+    /// A connection on a non-blocking `stream`, with limits of `max_body` bytes and of `timeout` without
+    /// progress.
     pub(crate) fn new(stream: UnixStream, max_body: usize, timeout: Duration) -> Self {
         Self {
             stream,
@@ -89,7 +90,8 @@ impl Connection {
         self.advance()
     }
 
-    /// Takes the answer to the request that the last [`Step::Handle`] gave; closes after it if it is the `last`.
+    /// Takes the answer to the request that the last [`Step::Handle`] gave; closes after it if it is the
+    /// `last`.
     pub(crate) fn answer(&mut self, response: &Response, last: bool) -> Step {
         if self.phase != Phase::Handling {
             return Step::Wait;
@@ -235,7 +237,8 @@ impl Connection {
         None
     }
 
-    /// Every progress moves the deadline, except while lingering: there the client must not keep the connection.
+    /// Every progress moves the deadline, except while lingering: there the client must not keep the
+    /// connection.
     fn arm_deadline(&mut self) {
         self.deadline = match self.phase {
             Phase::Lingering => self.deadline,

@@ -14,8 +14,8 @@ use crate::message::{Request, Response};
 ///
 /// Closures of the same signature are handlers too.
 pub trait Handler {
-    /// Takes one request. Called on the server's thread, which serves nobody else until this returns: hand long work and
-    /// the `responder` to another thread.
+    /// Takes one request. Called on the server's thread, which serves nobody else until this returns: hand
+    /// long work and the `responder` to another thread.
     fn handle(&mut self, request: Request, responder: Responder);
 }
 
@@ -27,7 +27,8 @@ impl<F: FnMut(Request, Responder)> Handler for F {
 
 /// The obligation to answer one request, from any thread and at any time.
 ///
-/// If it is dropped instead, the client gets a 400 that says so. If the client has gone meanwhile, the answer is discarded.
+/// If it is dropped instead, the client gets a 400 that says so. If the client has gone meanwhile, the answer
+/// is discarded.
 #[derive(Debug)]
 pub struct Responder {
     connection: u64,

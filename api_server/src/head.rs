@@ -1,7 +1,7 @@
 //! The head of a request: request line and headers, judged as far as the framing of the body needs.
 //!
-//! Called by the parser with bytes from an untrusted client. Headers without a meaning here are ignored, as are
-//! unknown values of `Content-Type`, `Accept` and `Expect`.
+//! Called by the parser with bytes from an untrusted client. Headers without a meaning here are ignored, as
+//! are unknown values of `Content-Type`, `Accept` and `Expect`.
 
 use crate::error::ParseError;
 use crate::message::Method;
@@ -119,8 +119,8 @@ fn refuse_bare_line_feeds(bytes: &[u8]) -> Result<(), ParseError> {
     Ok(())
 }
 
-/// The path of a request target: origin form as it is, absolute form without scheme and host (RFC 9112 §3.2), and `/`
-/// for everything else.
+/// The path of a request target: origin form as it is, absolute form without scheme and host (RFC 9112 §3.2),
+/// and `/` for everything else.
 fn path_of(uri: &str) -> &str {
     const SCHEME: &str = "http://";
     let origin = match uri.get(..SCHEME.len()) {
@@ -148,8 +148,8 @@ fn parse_content_length(value: &[u8], max_body: usize) -> Result<usize, ParseErr
     }
 }
 
-/// RFC 9110 §12.5.3: `identity` is acceptable unless it, or a `*` that stands for it, has weight zero. An empty list is
-/// refused, as the existing API does.
+/// RFC 9110 §12.5.3: `identity` is acceptable unless it, or a `*` that stands for it, has weight zero. An
+/// empty list is refused, as the existing API does.
 fn accepts_identity(value: &[u8]) -> bool {
     let mut identity = None;
     let mut any = None;

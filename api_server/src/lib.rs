@@ -2,8 +2,8 @@
 //!
 //! This crate frames bytes into requests and answers into bytes; it knows neither routes nor VMs. The monitor
 //! runs one [`Server`] on its `api` thread and gives it a [`Handler`]. An answer travels back through the
-//! [`Responder`] that comes with its request, from any thread and at any later time, while the other connections
-//! go on being served.
+//! [`Responder`] that comes with its request, from any thread and at any later time, while the other
+//! connections go on being served.
 //!
 //! ```no_run
 //! use api_server::{Request, Responder, Response, Server, ServerConfig};
@@ -31,9 +31,10 @@
 //!
 //! # Errors on the wire
 //!
-//! Whatever cannot be parsed is answered 400 with `{"fault_message":"..."}`, after the answers to the requests before
-//! it. The connection is then closed, since the start of the next request is unknown. It lingers until the client has
-//! stopped sending (for two seconds at most), so that the client reads the answer and not a reset.
+//! Whatever cannot be parsed is answered 400 with `{"fault_message":"..."}`, after the answers to the
+//! requests before it. The connection is then closed, since the start of the next request is unknown. It
+//! lingers until the client has stopped sending (for two seconds at most), so that the client reads the
+//! answer and not a reset.
 #![forbid(unsafe_code)]
 
 mod connection;

@@ -134,8 +134,8 @@ impl Response {
         self.deprecation
     }
 
-    /// The bytes on the wire. Clients compare them, so the order of the headers and the status line without a reason
-    /// phrase are part of the contract.
+    /// The bytes on the wire. Clients compare them, so the order of the headers and the status line without a
+    /// reason phrase are part of the contract.
     pub(crate) fn to_bytes(&self, close: bool) -> Vec<u8> {
         let connection = if close { "close" } else { "keep-alive" };
         let mut bytes = format!(

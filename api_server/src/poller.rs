@@ -8,8 +8,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::error::ServerError;
 
-/// How many events one call of [`Poller::wait`] returns at most. More than descriptors in normal use; the rest comes with
-/// the next call.
+/// How many events one call of [`Poller::wait`] returns at most. More than descriptors in normal use; the
+/// rest comes with the next call.
 const BATCH: usize = 32;
 
 #[derive(Debug)]
@@ -60,7 +60,8 @@ impl Poller {
             })
     }
 
-    /// Waits for events or until `deadline`; for ever if there is none. Returns tokens and what happened to them.
+    /// Waits for events or until `deadline`; for ever if there is none. Returns tokens and what happened to
+    /// them.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Vec<(u64, EventSet)>, ServerError> {
         let mut events = [EpollEvent::default(); BATCH];
         let timeout = deadline.map_or(-1, milliseconds_until);

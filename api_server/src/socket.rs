@@ -14,8 +14,9 @@ const MAX_PATH: usize = 107;
 
 /// Removes a socket file when dropped, provided that it still is the file that [`SocketFile::bind`] made.
 ///
-/// [`Server::bind`](crate::Server::bind) keeps one inside the server. A process that may exit while the server's thread is
-/// still running holds its own and gives the listener to [`Server::from_listener`](crate::Server::from_listener).
+/// [`Server::bind`](crate::Server::bind) keeps one inside the server. A process that may exit while the
+/// server's thread is still running holds its own and gives the listener to
+/// [`Server::from_listener`](crate::Server::from_listener).
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -27,8 +28,8 @@ impl SocketFile {
     /// Creates a socket at `path` and listens on it.
     ///
     /// # Errors
-    /// Whatever exists at `path`, even a socket that nobody serves, is left alone and is [`ServerError::PathInUse`]. Also
-    /// every other variant but `EventLoop`.
+    /// Whatever exists at `path`, even a socket that nobody serves, is left alone and is
+    /// [`ServerError::PathInUse`]. Also every other variant but `EventLoop`.
     pub fn bind(path: &Path) -> Result<(UnixListener, Self), ServerError> {
         check_path(path)?;
         let listener = UnixListener::bind(path).map_err(|source| bind_error(path, source))?;
@@ -51,7 +52,8 @@ impl SocketFile {
         &self.path
     }
 
-    /// Removes the file now. Calling it again, or after somebody else removed or replaced the file, does nothing.
+    /// Removes the file now. Calling it again, or after somebody else removed or replaced the file, does
+    /// nothing.
     pub fn remove(&self) {
         let is_ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| metadata.dev() == self.device && metadata.ino() == self.inode);

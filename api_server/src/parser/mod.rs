@@ -1,7 +1,8 @@
 //! The request parser: bytes in, in pieces of any size; whole requests out.
 //!
-//! Pure: no I/O and no clock. A connection owns one on the server's thread and feeds it from the socket; the fuzz target
-//! feeds it directly. How the bytes are cut into pieces makes no difference to the requests that come out.
+//! Pure: no I/O and no clock. A connection owns one on the server's thread and feeds it from the socket; the
+//! fuzz target feeds it directly. How the bytes are cut into pieces makes no difference to the requests that
+//! come out.
 
 use crate::error::ParseError;
 use crate::head::Head;
@@ -18,8 +19,8 @@ pub const MAX_HEADERS: usize = 64;
 pub enum Parsed {
     /// No whole request yet.
     NeedMore,
-    /// The client announced a body and waits for an interim answer before sending it. Said once per request, and only if
-    /// the body is not here yet.
+    /// The client announced a body and waits for an interim answer before sending it. Said once per request,
+    /// and only if the body is not here yet.
     Continue,
     /// A whole request.
     Request {
@@ -34,8 +35,8 @@ pub enum Parsed {
 
 /// Turns a client's byte stream into requests.
 ///
-/// [`feed`](Self::feed) it, then call [`parse`](Self::parse) until it says [`Parsed::NeedMore`] or [`Parsed::Error`]. Fed
-/// only after `NeedMore`, it holds at most one request and one piece.
+/// [`feed`](Self::feed) it, then call [`parse`](Self::parse) until it says [`Parsed::NeedMore`] or
+/// [`Parsed::Error`]. Fed only after `NeedMore`, it holds at most one request and one piece.
 #[derive(Debug)]
 pub struct RequestParser {
     buffer: Vec<u8>,

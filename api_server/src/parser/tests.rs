@@ -462,7 +462,10 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_bytes_never_panic(stream in vec(any::<u8>(), 0..2000), cuts in vec(any::<prop::sample::Index>(), 0..20)) {
+    fn arbitrary_bytes_never_panic(
+        stream in vec(any::<u8>(), 0..2000),
+        cuts in vec(any::<prop::sample::Index>(), 0..20),
+    ) {
         parse_pieces(pieces_of(&stream, &cuts));
     }
 }

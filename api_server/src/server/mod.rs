@@ -1,7 +1,9 @@
-//! The server: one thread, one epoll loop over the listener, the connections and a wake-up from other threads.
+//! The server: one thread, one epoll loop over the listener, the connections and a wake-up from other
+//! threads.
 //!
-//! The monitor creates it on its main thread, so that a bad path is reported before anything else happens, and runs it on
-//! the `api` thread. Per request that comes in one piece the loop makes about ten system calls; idle, it makes none.
+//! The monitor creates it on its main thread, so that a bad path is reported before anything else happens,
+//! and runs it on the `api` thread. Per request that comes in one piece the loop makes about ten system
+//! calls; idle, it makes none.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -21,8 +23,8 @@ use crate::message::Response;
 use crate::poller::Poller;
 use crate::socket::SocketFile;
 
-/// Tokens: connections count up from `FIRST_CONNECTION` and never reuse one, so that a late event or answer for a closed
-/// connection finds nothing.
+/// Tokens: connections count up from `FIRST_CONNECTION` and never reuse one, so that a late event or answer
+/// for a closed connection finds nothing.
 const LISTENER: u64 = 0;
 const WAKE: u64 = 1;
 const FIRST_CONNECTION: u64 = 2;
@@ -96,7 +98,8 @@ struct Client {
 }
 
 impl Server {
-    /// A server on a new socket at `path`. The socket exists, and queues clients, from now until the server is dropped.
+    /// A server on a new socket at `path`. The socket exists, and queues clients, from now until the server
+    /// is dropped.
     ///
     /// # Errors
     /// As [`SocketFile::bind`] and [`Server::from_listener`].
@@ -276,7 +279,8 @@ impl Server {
 
     /// Another thread has sent answers or a stop request.
     fn woken(&mut self, handler: &mut dyn Handler) -> Result<(), ServerError> {
-        // Reset before looking, so that what comes later wakes again. Failure means that the counter is zero already.
+        // Reset before looking, so that what comes later wakes again. Failure means that the counter is zero
+        // already.
         let _ = self.wake.event.read();
         if self.wake.stop_requested() && !self.stopping {
             self.begin_stop()?;
