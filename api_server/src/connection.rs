@@ -18,15 +18,12 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::EventSet;
 
+use crate::config::ServerConfig;
 use crate::message::{CONTINUE, Request, Response};
 use crate::parser::{Parsed, RequestParser};
 
 /// How much one call reads, in bytes: others get their turn before a large body continues.
 const PIECE: usize = 4096;
-
-/// How long a closed connection goes on discarding what the client still sends. Closing with unread bytes
-/// would give the client a reset, perhaps before it has read its answer.
-const LINGER: Duration = Duration::from_secs(2);
 
 /// What the server does next for a connection.
 #[derive(Debug)]
@@ -64,22 +61,23 @@ pub(crate) struct Connection {
     /// Close after the answer that is due or being written.
     close: bool,
     timeout: Duration,
+    linger_timeout: Duration,
     deadline: Option<Instant>,
 }
 
 impl Connection {
-    /// A connection on a non-blocking `stream`, with limits of `max_body` bytes and of `timeout` without
-    /// progress.
-    pub(crate) fn new(stream: UnixStream, max_body: usize, timeout: Duration) -> Self {
+    /// A connection on a non-blocking `stream`.
+    pub(crate) fn new(stream: UnixStream, config: &ServerConfig) -> Self {
         Self {
             stream,
-            parser: RequestParser::new(max_body),
+            parser: RequestParser::new(config.max_body),
             output: Vec::new(),
             written: 0,
             phase: Phase::Reading,
             ended: false,
             close: false,
-            timeout,
+            timeout: config.timeout,
+            linger_timeout: config.linger_timeout,
             deadline: None,
         }
     }
@@ -90,13 +88,12 @@ impl Connection {
         self.advance()
     }
 
-    /// Takes the answer to the request that the last [`Step::Handle`] gave; closes after it if it is the
-    /// `last`.
-    pub(crate) fn answer(&mut self, response: &Response, last: bool) -> Step {
+    /// Takes the answer to the request that the last [`Step::Handle`] gave.
+    pub(crate) fn answer(&mut self, response: &Response) -> Step {
         if self.phase != Phase::Handling {
             return Step::Wait;
         }
-        self.reply(response, last);
+        self.reply(response, false);
         self.advance()
     }
 
@@ -233,7 +230,7 @@ impl Connection {
             return Some(Step::Close);
         }
         self.phase = Phase::Lingering;
-        self.deadline = Instant::now().checked_add(LINGER);
+        self.deadline = Instant::now().checked_add(self.linger_timeout);
         None
     }
 

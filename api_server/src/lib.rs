@@ -26,17 +26,18 @@
 //! * One request per connection is with the handler at a time, and nothing more is read until its answer is
 //!   written, so that memory is bounded however fast a client sends. Pipelined requests wait in the socket.
 //! * A client that stops in the middle of a request, or does not read its answer, is closed after
-//!   [`ServerConfig::timeout`]. A connection with nothing in flight may stay open forever, and a handler may take as
-//!   long as it likes. With nothing in flight no timer is armed: an idle server does not wake up.
+//!   [`ServerConfig::timeout`]. A connection with nothing in flight may stay open forever, and a handler may
+//!   take as long as it likes. With nothing in flight no timer is armed: an idle server does not wake up.
 //!
 //! # Errors on the wire
 //!
 //! Whatever cannot be parsed is answered 400 with `{"fault_message":"..."}`, after the answers to the
 //! requests before it. The connection is then closed, since the start of the next request is unknown. It
-//! lingers until the client has stopped sending (for two seconds at most), so that the client reads the
-//! answer and not a reset.
+//! lingers until the client has stopped sending (for [`ServerConfig::linger_timeout`] at most), so that the
+//! client reads the answer and not a reset.
 #![forbid(unsafe_code)]
 
+mod config;
 mod connection;
 mod error;
 mod handler;
@@ -47,8 +48,9 @@ mod poller;
 mod server;
 mod socket;
 
+pub use config::ServerConfig;
 pub use error::{ParseError, ServerError};
 pub use handler::{Handler, Responder};
 pub use message::{Method, Request, Response};
-pub use server::{Server, ServerConfig, Stopper};
+pub use server::{Server, Stopper};
 pub use socket::SocketFile;

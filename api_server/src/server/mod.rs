@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::config::ServerConfig;
 use crate::connection::{Connection, Step};
 use crate::error::ServerError;
 use crate::handler::{Handler, Reply, Responder, Wake};
@@ -31,30 +32,6 @@ const FIRST_CONNECTION: u64 = 2;
 
 /// How long to wait before accepting again after the process ran out of file descriptors or memory.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
-
-/// The limits of a [`Server`].
-#[derive(Clone, Debug)]
-pub struct ServerConfig {
-    /// The largest request body, in bytes. Default 51,200.
-    pub max_body: usize,
-    /// How many connections are served at a time; one more is answered 503. Default 10.
-    pub max_connections: usize,
-    /// How long a client may pause in the middle of a request or of reading its answer. Default 30 s.
-    pub timeout: Duration,
-    /// How long a stopped server waits for the answers that are due. Default 5 s.
-    pub stop_timeout: Duration,
-}
-
-impl Default for ServerConfig {
-    fn default() -> Self {
-        Self {
-            max_body: 51_200,
-            max_connections: 10,
-            timeout: Duration::from_secs(30),
-            stop_timeout: Duration::from_secs(5),
-        }
-    }
-}
 
 /// Stops a [`Server`] from any thread.
 #[derive(Clone, Debug)]
@@ -247,7 +224,7 @@ impl Server {
             .count();
         // Those that are leaving have a limit of their own, or clients could pile them up.
         let has_room = self.connections.len() < limit.saturating_mul(2);
-        let mut connection = Connection::new(stream, self.config.max_body, self.config.timeout);
+        let mut connection = Connection::new(stream, &self.config);
         if served >= limit || !has_room {
             let message =
                 format!("Too many open connections: this server takes {limit}. Close one and try again.");
@@ -286,10 +263,7 @@ impl Server {
             self.begin_stop()?;
         }
         while let Ok(Reply { connection, response }) = self.replies.try_recv() {
-            let last = self.stopping;
-            self.drive(connection, handler, |connection| {
-                connection.answer(&response, last)
-            });
+            self.drive(connection, handler, |connection| connection.answer(&response));
         }
         Ok(())
     }

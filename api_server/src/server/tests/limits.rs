@@ -1,0 +1,121 @@
+//! The limits, and that refused clients can read why.
+
+use super::*;
+
+#[test]
+fn body_over_the_limit_is_refused_and_the_answer_survives_the_sending() {
+    let server = Running::echo();
+    let mut client = server.connect();
+
+    client.send("PUT /a HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n");
+    client.send(&"x".repeat(4_000_000));
+
+    assert!(is_final_fault(
+        &client.rest(),
+        400,
+        "4000000 bytes exceeds the limit of 51200 bytes"
+    ));
+}
+
+#[test]
+fn body_may_be_as_large_as_the_limit() {
+    let server = Running::echo();
+    let mut client = server.connect();
+    let body = "x".repeat(51_200);
+
+    client.send(&format!("PUT /a HTTP/1.1\r\nContent-Length: 51200\r\n\r\n{body}"));
+
+    assert_eq!(client.answer(), ok(&format!("PUT /a {body}")));
+}
+
+#[test]
+fn refuses_an_expected_body_over_the_limit() {
+    let server = Running::echo();
+    let mut client = server.connect();
+
+    client.send("PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 51201\r\n\r\n");
+
+    assert!(is_final_fault(&client.rest(), 400, "51201"));
+}
+
+#[test]
+fn eleventh_connection_is_refused_until_one_is_closed() {
+    let server = Running::echo();
+    let mut clients: Vec<Client> = (0..10).map(|_| server.connect()).collect();
+    for client in &mut clients {
+        client.send("GET /a HTTP/1.1\r\n\r\n");
+        client.answer();
+    }
+
+    let mut refused = server.connect();
+    assert!(is_final_fault(&refused.rest(), 503, "Too many open connections"));
+    drop(refused);
+
+    clients[0].send("GET /b HTTP/1.1\r\nConnection: close\r\n\r\n");
+    clients[0].rest();
+    let mut next = server.connect();
+    next.send("GET /c HTTP/1.1\r\n\r\n");
+    assert_eq!(next.answer(), ok("GET /c "));
+    clients[9].send("GET /d HTTP/1.1\r\n\r\n");
+    assert_eq!(clients[9].answer(), ok("GET /d "));
+}
+
+#[test]
+fn refused_connections_that_stay_are_bounded() {
+    let server = Running::start(
+        ServerConfig {
+            max_connections: 1,
+            ..ServerConfig::default()
+        },
+        echo,
+    );
+    let mut first = server.connect();
+    first.send("GET /a HTTP/1.1\r\n\r\n");
+    first.answer();
+
+    let mut refused: Vec<Client> = (0..5).map(|_| server.connect()).collect();
+
+    assert!(
+        refused
+            .iter_mut()
+            .all(|client| is_final_fault(&client.rest(), 503, "Too many"))
+    );
+    first.send("GET /b HTTP/1.1\r\n\r\n");
+    assert_eq!(first.answer(), ok("GET /b "));
+}
+
+#[test]
+fn connections_being_closed_are_bounded_too() {
+    let linger_timeout = PATIENCE * 2;
+    let config = ServerConfig {
+        max_connections: 1,
+        linger_timeout,
+        ..ServerConfig::default()
+    };
+    let server = Running::start(config, echo);
+    let mut leaving = [server.connect(), server.connect()];
+    assert!(is_final_fault(&leaving[1].rest(), 503, "Too many"));
+    leaving[0].send("BREW / HTTP/1.1\r\n");
+    assert!(is_final_fault(&leaving[0].rest(), 400, "BREW"));
+
+    let mut refused = server.connect();
+
+    assert!(is_final_fault(&refused.rest(), 503, "Too many"));
+}
+
+#[test]
+fn lingering_ends_even_if_the_client_stays() {
+    let config = ServerConfig {
+        linger_timeout: Duration::from_millis(50),
+        ..ServerConfig::default()
+    };
+    let server = Running::start(config, echo);
+    let mut client = server.connect();
+    let hang_up = Poller::new().unwrap();
+    hang_up.add(&client.stream, 0, EventSet::empty()).unwrap();
+
+    client.send("BREW / HTTP/1.1\r\n");
+
+    assert_eq!(hang_up.wait(Some(Instant::now() + PATIENCE)).unwrap().len(), 1);
+    assert!(is_final_fault(&client.rest(), 400, "BREW"));
+}
