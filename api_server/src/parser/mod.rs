@@ -94,19 +94,21 @@ impl RequestParser {
     fn take_head(&mut self) -> Result<Option<Head>, ParseError> {
         self.skip_empty_lines();
         let window = &self.buffer[..self.buffer.len().min(MAX_HEAD)];
-        let new_line = window[self.seen..].contains(&b'\n');
-        self.seen = window.len();
-        // Looking once per line, and not once per piece, bounds the work on a head that arrives byte by byte.
-        if !new_line && window.len() < MAX_HEAD {
-            return Ok(None);
-        }
-        match Head::parse(window, self.max_body)? {
+        let seen = std::mem::replace(&mut self.seen, window.len());
+        // Looking at whole lines only bounds the work on a head that arrives byte by byte, and makes what is
+        // found independent of the pieces.
+        let lines = match window[seen..].iter().rposition(|&byte| byte == b'\n') {
+            _ if window.len() == MAX_HEAD => window,
+            Some(line_feed) => &window[..=seen + line_feed],
+            None => return Ok(None),
+        };
+        match Head::parse(lines, self.max_body)? {
             Some((head, length)) => {
                 self.buffer.drain(..length);
                 self.seen = 0;
                 Ok(Some(head))
             }
-            None if window.len() == MAX_HEAD => Err(ParseError::HeadTooLarge { limit: MAX_HEAD }),
+            None if lines.len() == MAX_HEAD => Err(ParseError::HeadTooLarge { limit: MAX_HEAD }),
             None => Ok(None),
         }
     }

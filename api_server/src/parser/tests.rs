@@ -123,6 +123,12 @@ fn requests_before_an_error_come_out_first() {
 }
 
 #[test]
+fn incomplete_line_is_not_judged_however_it_arrives() {
+    assert_eq!(parse("GET / HTTP/1.1\r\na: b\r\n\r\r"), []);
+    assert_eq!(parse_pieces([&b"GET / HTTP/1.1\r\na: b\r\n\r"[..], b"\r"]), []);
+}
+
+#[test]
 fn nothing_is_taken_after_an_error() {
     let mut parser = RequestParser::new(MAX_BODY);
     parser.feed(b"BREW / HTTP/1.1\r\n\r\n");
@@ -416,6 +422,11 @@ prop_compose! {
     }
 }
 
+/// A byte that means something to the grammar.
+fn any_troublemaker() -> impl Strategy<Value = u8> {
+    prop::sample::select(b"\r\n\0 :,;\xffA9".to_vec())
+}
+
 /// `stream` cut at any `cuts`.
 fn pieces_of<'a>(stream: &'a [u8], cuts: &[prop::sample::Index]) -> Vec<&'a [u8]> {
     let mut ends: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
@@ -443,7 +454,7 @@ proptest! {
     #[test]
     fn pieces_do_not_matter_to_damaged_streams(
         (mut stream, _) in any_request(),
-        damage in vec((any::<prop::sample::Index>(), prop::sample::select(b"\r\n\0 :,;\xffA9".to_vec())), 1..4),
+        damage in vec((any::<prop::sample::Index>(), any_troublemaker()), 1..4),
         cuts in vec(any::<prop::sample::Index>(), 0..20),
     ) {
         for (place, byte) in damage {
