@@ -12,7 +12,9 @@
 //! device and queues move into a [`virtio::Lane`], which an io loop owns, and come back on reset. So no lock is ever
 //! taken on the data path.
 
+pub mod acpi;
 pub mod bus;
+pub mod legacy;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod virtio;
