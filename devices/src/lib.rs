@@ -15,6 +15,7 @@
 pub mod acpi;
 pub mod bus;
 pub mod legacy;
+pub mod rate_limiter;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod virtio;
