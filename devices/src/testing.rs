@@ -288,6 +288,7 @@ pub fn io<'a>(
         irq: recorder,
         watch: recorder,
         features,
+        again: None,
     }
 }
 

@@ -95,6 +95,16 @@ impl<'m> Buffers<'m> {
         }
     }
 
+    /// Takes the last byte away and gives access to it; none when there is none.
+    pub fn pop_byte(&mut self) -> Option<VolatileSlice<'m>> {
+        let last = *self.pieces.iter().rfind(|piece| piece.iov_len > 0)?;
+        let offset = last.iov_len - 1;
+        self.truncate(self.len - 1);
+        // SAFETY: needed to keep a byte of a piece that is kept as an iovec. The piece came from a VolatileSlice of
+        // memory that outlives 'm, it is not empty, and `offset` is its last byte.
+        Some(unsafe { VolatileSlice::new(last.iov_base.cast::<u8>().add(offset), 1) })
+    }
+
     /// Moves all pieces of `other` to the end of this one.
     pub fn append(&mut self, other: &mut Buffers<'m>) {
         self.pieces.append(&mut other.pieces);
@@ -203,6 +213,19 @@ mod tests {
         assert_eq!((buffers.len(), buffers.iovecs().len()), (1, 1));
         buffers.truncate(0);
         assert!(buffers.iovecs().is_empty());
+    }
+
+    #[test]
+    fn pops_the_last_byte_and_its_piece_when_that_is_empty() {
+        let (mut a, mut b) = ([1, 2], [3]);
+        let mut pieces = [&mut a[..], &mut b[..]];
+        let mut buffers = buffers(&mut pieces);
+        buffers.pop_byte().unwrap().copy_from(&[9u8]);
+        assert_eq!((buffers.len(), buffers.iovecs().len()), (2, 1));
+        buffers.pop_byte().unwrap().copy_from(&[8u8]);
+        assert_eq!((buffers.len(), buffers.iovecs().len()), (1, 1));
+        assert!(buffers.pop_byte().is_some() && buffers.pop_byte().is_none());
+        assert_eq!((a, b), ([1, 8], [9]));
     }
 
     #[test]

@@ -131,6 +131,7 @@ impl Lane {
             irq: &*self.irq,
             watch: &watch,
             features: self.features,
+            again: None,
         };
         self.device.update(patch, &mut io)?;
         Ok(self.device.config_space().to_vec())
@@ -171,9 +172,21 @@ impl Lane {
             irq: &*self.irq,
             watch: &watch,
             features: self.features,
+            again: None,
         };
-        if let Err(error) = work(&mut *self.device, &mut io) {
-            self.fail(&error);
+        let result = work(&mut *self.device, &mut io);
+        let again = io.again;
+        match result {
+            Ok(()) => self.kick(again),
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    /// Posts the queue's own notification, so that it comes up again behind what else is ready.
+    fn kick(&self, queue: Option<u16>) {
+        if let Some(kick) = queue.and_then(|queue| self.kicks.get(usize::from(queue))) {
+            // Only a full counter refuses, and then the loop is awake already.
+            let _ = kick.write(1);
         }
     }
 

@@ -1,5 +1,6 @@
 //! Virtio 1.2: what a device is ([`VirtioDevice`]), and the two halves of its state ([`VirtioSlot`], [`Lane`]).
 
+pub mod block;
 pub mod buffers;
 pub mod lane;
 pub mod queue;
@@ -106,6 +107,9 @@ pub struct Io<'a> {
     pub watch: &'a dyn Watch,
     /// The features that the driver accepted.
     pub features: u64,
+    /// A queue to be called for again, after the loop has served its other events. A device that leaves work behind
+    /// sets it, so that a driver that refills a queue without end cannot keep the loop for itself.
+    pub again: Option<u16>,
 }
 
 /// A failure while a device works. The lane marks the device as needing a reset; the machine goes on.
@@ -133,6 +137,9 @@ pub enum UpdateError {
     /// The device cannot take it.
     #[error("{0}")]
     Refused(String),
+    /// The device's own reason.
+    #[error(transparent)]
+    Device(Box<dyn std::error::Error + Send + Sync>),
     /// The host refused.
     #[error("cannot {op}")]
     Host {

@@ -293,6 +293,7 @@ impl VirtioSlot {
                         irq,
                         watch: &NoWatch,
                         features,
+                        again: None,
                     },
                 )?;
                 device.config_space().to_vec()

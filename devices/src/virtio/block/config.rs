@@ -1,0 +1,181 @@
+//! What the user says about a drive: [`Config`] for a new one, [`Patch`] for a live one.
+
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::{Block, OpenError};
+use crate::rate_limiter::{RateLimiterConfig, serialize_effective};
+
+/// A drive: API body, section of the config file, answer to `GET` and config in a snapshot.
+///
+/// The order of the fields is part of the wire format.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "struct BlockDeviceConfig")]
+pub struct Config {
+    /// Names the drive; its first 20 bytes are the serial number that the guest sees (`/dev/disk/by-id/virtio-...`).
+    pub drive_id: String,
+    /// Partition of the root drive to boot from; the whole drive when absent.
+    pub partuuid: Option<String>,
+    /// True for the drive that the guest boots from.
+    pub is_root_device: bool,
+    /// What a flush by the guest does.
+    #[serde(default)]
+    pub cache_type: CacheType,
+    /// True to refuse writes. Absent is false.
+    #[serde(serialize_with = "or_default")]
+    pub is_read_only: Option<bool>,
+    /// The raw image: a regular file or a block device.
+    pub path_on_host: Option<String>,
+    /// Limits of traffic.
+    #[serde(serialize_with = "serialize_effective")]
+    pub rate_limiter: Option<RateLimiterConfig>,
+    /// How requests are carried out. Absent is [`IoEngine::Sync`].
+    #[serde(serialize_with = "or_default")]
+    pub io_engine: Option<IoEngine>,
+    /// Socket of a vhost-user backend, in place of an image.
+    pub socket: Option<String>,
+}
+
+/// Whether the guest can make its writes durable.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CacheType {
+    /// The guest is offered no flush. A crash of the host may lose writes that the guest believes to be on disk.
+    #[default]
+    Unsafe,
+    /// A flush writes everything to the host's disk.
+    Writeback,
+}
+
+/// How requests are carried out.
+///
+/// In this version both engines are the same: the device's io thread serves requests with synchronous system calls,
+/// apart from the vCPUs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IoEngine {
+    /// Requests of one drive overlap (not yet, see above).
+    Async,
+    /// One request at a time.
+    #[default]
+    Sync,
+}
+
+/// A change of a live drive.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "struct BlockDeviceUpdateConfig")]
+pub struct Patch {
+    /// Names the drive.
+    pub drive_id: String,
+    /// The image to be used from now on.
+    pub path_on_host: Option<String>,
+    /// New limits.
+    pub rate_limiter: Option<RateLimiterConfig>,
+}
+
+/// Why a drive's config is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Neither an image nor a socket, or both.
+    #[error("drive '{drive_id}' needs either path_on_host or socket, and not both")]
+    Backend {
+        /// Which drive.
+        drive_id: String,
+    },
+    /// A vhost-user drive.
+    #[error(
+        "drive '{drive_id}' asks for a vhost-user backend, which this version does not have yet: \
+         give path_on_host in place of socket"
+    )]
+    VhostUser {
+        /// Which drive.
+        drive_id: String,
+    },
+    /// A rate limiter that limits something.
+    #[error(
+        "drive '{drive_id}' asks for a rate limiter, which this version does not have yet: leave rate_limiter out"
+    )]
+    RateLimiter {
+        /// Which drive.
+        drive_id: String,
+    },
+    /// The partition goes to the kernel's command line, so it must not smuggle other arguments in.
+    #[error(
+        "drive '{drive_id}' has the partuuid '{partuuid}': only 1 to 36 hexadecimal digits and '-' are allowed"
+    )]
+    PartUuid {
+        /// Which drive.
+        drive_id: String,
+        /// What was given.
+        partuuid: String,
+    },
+    /// A patch that says nothing.
+    #[error("the change of drive '{drive_id}' is empty: give path_on_host or rate_limiter")]
+    EmptyPatch {
+        /// Which drive.
+        drive_id: String,
+    },
+}
+
+impl Config {
+    /// Checks all that can be told without the host's file system.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let drive_id = || self.drive_id.clone();
+        if self.path_on_host.is_some() == self.socket.is_some() {
+            return Err(ConfigError::Backend { drive_id: drive_id() });
+        }
+        if self.socket.is_some() {
+            return Err(ConfigError::VhostUser { drive_id: drive_id() });
+        }
+        refuse_rate_limiter(&self.drive_id, self.rate_limiter)?;
+        match &self.partuuid {
+            Some(partuuid) if !is_partuuid(partuuid) => Err(ConfigError::PartUuid {
+                drive_id: drive_id(),
+                partuuid: partuuid.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// True when the guest must not write.
+    pub fn read_only(&self) -> bool {
+        self.is_read_only.unwrap_or_default()
+    }
+
+    /// Checks the config, opens the image and makes the device.
+    pub fn build(&self) -> Result<Block, OpenError> {
+        self.validate()?;
+        Block::new(self)
+    }
+}
+
+impl Patch {
+    /// Checks all that can be told without the host's file system.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.path_on_host.is_none() && self.rate_limiter.is_none() {
+            return Err(ConfigError::EmptyPatch {
+                drive_id: self.drive_id.clone(),
+            });
+        }
+        refuse_rate_limiter(&self.drive_id, self.rate_limiter)
+    }
+}
+
+fn refuse_rate_limiter(drive_id: &str, limits: Option<RateLimiterConfig>) -> Result<(), ConfigError> {
+    match limits {
+        Some(limits) if limits.is_effective() => Err(ConfigError::RateLimiter {
+            drive_id: drive_id.into(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn is_partuuid(text: &str) -> bool {
+    (1..=36).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_hexdigit() || c == b'-')
+}
+
+/// Prints the default in place of an absent value.
+fn or_default<T, S>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error>
+where
+    T: Copy + Default + Serialize,
+    S: Serializer,
+{
+    value.unwrap_or_default().serialize(serializer)
+}

@@ -1,0 +1,314 @@
+//! [`Block`]: the device between queue and image.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::file::Image;
+use super::request::{Limits, Request, SERIAL, Status};
+use super::{CacheType, Config, Metrics, OpenError, Patch, SECTOR};
+use crate::virtio::{
+    Blob, Chain, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, Ring, StateError, UpdateError, Vector,
+    VirtioDevice, feature,
+};
+
+/// Feature bits (virtio 1.2 §5.2.3).
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+
+const QUEUE_SIZE: u16 = 256;
+/// Data segments in a request: all descriptors but those of header and status.
+const SEG_MAX: u32 = 254;
+/// The fields of `struct virtio_blk_config` up to `blk_size`, the last that an offered feature uses.
+const CONFIG_SIZE: usize = 24;
+
+/// A run of the queue ends after this many requests or this much time, whichever comes first. Then the answers go
+/// out and the other devices of the loop have their turn. So an answer waits for few others when the disk is slow, and
+/// one interrupt serves many when it is fast.
+const RUN_REQUESTS: u32 = 128;
+const RUN_TIME: Duration = Duration::from_micros(500);
+
+const KIND: &str = "block";
+const STATE_VERSION: u32 = 1;
+
+/// What a snapshot keeps: facts that the guest has read and that must hold after the restore.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    sectors: u64,
+    read_only: bool,
+}
+
+/// A virtio block device.
+pub struct Block {
+    info: DeviceInfo,
+    image: Image,
+    flush: bool,
+    serial: [u8; SERIAL],
+    config_space: [u8; CONFIG_SIZE],
+    metrics: Metrics,
+}
+
+impl Block {
+    /// Opens the image of a valid config and makes the device.
+    pub(super) fn new(config: &Config) -> Result<Self, OpenError> {
+        let path = config.path_on_host.as_deref().unwrap_or_default();
+        let image = Image::open(path, config.read_only())?;
+        let flush = config.cache_type == CacheType::Writeback;
+        let mut features = feature::COMMON | F_SEG_MAX | F_BLK_SIZE;
+        features |= if flush { F_FLUSH } else { 0 };
+        features |= if config.read_only() { F_RO } else { 0 };
+        Ok(Self {
+            info: DeviceInfo {
+                kind: DeviceKind::Block,
+                queue_sizes: vec![QUEUE_SIZE],
+                features,
+            },
+            config_space: config_space(&image),
+            image,
+            flush,
+            serial: serial(&config.drive_id),
+            metrics: Metrics::default(),
+        })
+    }
+
+    /// Serves requests until the queue is empty (false) or the run has lasted long enough (true). The answers are in
+    /// the ring and still to be published.
+    fn run<'m>(&mut self, ring: &mut Ring<'_, 'm>, write_through: bool) -> Result<bool, QueueError> {
+        let mut chain = Chain::<'m>::new();
+        let (mut now, mut count) = (Instant::now(), 0);
+        let end = now + RUN_TIME;
+        ring.disable_notify();
+        loop {
+            if count == RUN_REQUESTS || now >= end {
+                return ring.enable_notify();
+            }
+            if ring.pop(&mut chain)? {
+                let written = self.serve(&mut chain, &mut now, write_through);
+                ring.push(chain.head(), written);
+                count += 1;
+            } else if !ring.enable_notify()? {
+                self.metrics.no_avail_buffer += u64::from(count == 0);
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Serves one request that begins at `now`, which moves on to its end; returns how many bytes were written to it.
+    fn serve(&mut self, chain: &mut Chain<'_>, now: &mut Instant, write_through: bool) -> u32 {
+        let Some(status_byte) = chain.writable.pop_byte() else {
+            // There is no place to say that it is wrong.
+            self.metrics.invalid_reqs_count += 1;
+            return 0;
+        };
+        let limits = Limits {
+            sectors: self.image.sectors(),
+            read_only: self.image.read_only(),
+            flush: self.flush,
+        };
+        let (status, written) = match Request::parse(chain, limits) {
+            Ok(request) => self.answer(request, chain, now, write_through),
+            Err(status) => {
+                self.metrics.invalid_reqs_count += 1;
+                (status, 0)
+            }
+        };
+        status_byte.copy_from(&[status as u8]);
+        u32::try_from(written + 1).expect("the queue bounds a chain to 4 GiB")
+    }
+
+    fn answer(
+        &mut self,
+        request: Request,
+        chain: &mut Chain<'_>,
+        now: &mut Instant,
+        write_through: bool,
+    ) -> (Status, usize) {
+        let result = self.execute(request, chain, write_through);
+        let start = std::mem::replace(now, Instant::now());
+        match result {
+            Ok(bytes) => {
+                let written = self.count(request, bytes, *now - start);
+                (Status::Ok, written)
+            }
+            Err(error) => {
+                self.metrics.execute_fails += 1;
+                // A broken disk fails every request, so the log gets ever fewer of them.
+                if self.metrics.execute_fails.is_power_of_two() {
+                    let (fails, serial) = (self.metrics.execute_fails, self.serial_text());
+                    log::error!("drive '{serial}': {request:?} failed (failure {fails}): {error}");
+                }
+                (Status::IoError, 0)
+            }
+        }
+    }
+
+    /// Does what a valid request asks for; returns how many bytes of data it moved.
+    fn execute(&self, request: Request, chain: &mut Chain<'_>, write_through: bool) -> io::Result<usize> {
+        match request {
+            Request::Read { offset } => {
+                let bytes = chain.writable.len();
+                self.image.read(offset, &mut chain.writable)?;
+                Ok(bytes)
+            }
+            Request::Write { offset } => {
+                let bytes = chain.readable.len();
+                self.image.write(offset, &mut chain.readable)?;
+                if write_through {
+                    self.image.sync()?;
+                }
+                Ok(bytes)
+            }
+            Request::Flush => self.image.sync().map(|()| 0),
+            Request::GetId => Ok(chain.writable.write(0, &self.serial)),
+        }
+    }
+
+    /// Counts a request that was carried out; returns how many of its bytes went to the guest.
+    fn count(&mut self, request: Request, bytes: usize, time: Duration) -> usize {
+        let metrics = &mut self.metrics;
+        let moved = u64::try_from(bytes).expect("a usize fits");
+        match request {
+            Request::Read { .. } => {
+                metrics.read_count += 1;
+                metrics.read_bytes += moved;
+                metrics.read_agg.record(time);
+                bytes
+            }
+            Request::Write { .. } => {
+                metrics.write_count += 1;
+                metrics.write_bytes += moved;
+                metrics.write_agg.record(time);
+                0
+            }
+            Request::Flush => {
+                metrics.flush_count += 1;
+                0
+            }
+            Request::GetId => bytes,
+        }
+    }
+
+    fn change(&mut self, patch: Value) -> Result<(), UpdateError> {
+        let patch: Patch = serde_json::from_value(patch)?;
+        patch
+            .validate()
+            .map_err(|error| UpdateError::Device(error.into()))?;
+        if let Some(path) = &patch.path_on_host {
+            let image = Image::open(path, self.image.read_only())
+                .map_err(|error| UpdateError::Device(error.into()))?;
+            // Requests are synchronous, so none is on its way to the old image.
+            self.config_space = config_space(&image);
+            self.image = image;
+        }
+        Ok(())
+    }
+
+    fn serial_text(&self) -> String {
+        String::from_utf8_lossy(&self.serial)
+            .trim_end_matches('\0')
+            .to_owned()
+    }
+}
+
+impl VirtioDevice for Block {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn config_space(&self) -> &[u8] {
+        &self.config_space
+    }
+
+    fn activate(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn on_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.metrics.queue_event_count += 1;
+        let Some(running) = io.queues.get_mut(usize::from(queue)) else {
+            return Ok(());
+        };
+        // A driver that takes no flush counts on every write to be durable (virtio 1.2 §5.2.5.1).
+        let write_through = self.flush && io.features & F_FLUSH == 0;
+        let mut ring = running.open(io.mem)?;
+        let more = self.run(&mut ring, write_through);
+        ring.publish();
+        if ring.needs_interrupt() {
+            io.irq.raise(Vector::Queue(queue));
+        }
+        match more {
+            Ok(true) => {
+                self.metrics.remaining_reqs_count += u64::from(ring.pending()?);
+                io.again = Some(queue);
+                Ok(())
+            }
+            Ok(false) => Ok(()),
+            Err(error) => {
+                self.metrics.event_fails += 1;
+                Err(error.into())
+            }
+        }
+    }
+
+    fn update(&mut self, patch: Value, _io: &mut Io<'_>) -> Result<(), UpdateError> {
+        let result = self.change(patch);
+        match result {
+            Ok(()) => self.metrics.update_count += 1,
+            Err(_) => self.metrics.update_fails += 1,
+        }
+        result
+    }
+
+    fn save(&self) -> Blob {
+        let state = State {
+            sectors: self.image.sectors(),
+            read_only: self.image.read_only(),
+        };
+        Blob::new(KIND, STATE_VERSION, &state)
+    }
+
+    fn load(&mut self, state: Blob) -> Result<(), StateError> {
+        let state: State = state.open(KIND, STATE_VERSION)?;
+        let inconsistent = |what| StateError::Inconsistent { kind: KIND, what };
+        let (serial, sectors) = (self.serial_text(), self.image.sectors());
+        if state.sectors != sectors {
+            return Err(inconsistent(format!(
+                "drive '{serial}' had {} sectors of {SECTOR} bytes and its image has {sectors}: \
+                 restore the image as it was at the snapshot",
+                state.sectors
+            )));
+        }
+        if state.read_only != self.image.read_only() {
+            return Err(inconsistent(format!(
+                "is_read_only of drive '{serial}' is not what it was at the snapshot"
+            )));
+        }
+        Ok(())
+    }
+
+    fn metrics(&self) -> Value {
+        serde_json::to_value(&self.metrics).expect("counters are plain data")
+    }
+}
+
+/// `struct virtio_blk_config` (virtio 1.2 §5.2.4): capacity, size_max, seg_max, geometry, blk_size.
+fn config_space(image: &Image) -> [u8; CONFIG_SIZE] {
+    let mut space = [0; CONFIG_SIZE];
+    space[..8].copy_from_slice(&image.sectors().to_le_bytes());
+    space[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
+    space[20..].copy_from_slice(&512u32.to_le_bytes());
+    space
+}
+
+/// The serial number: the drive's id, cut or padded with zeros to 20 bytes.
+fn serial(drive_id: &str) -> [u8; SERIAL] {
+    let mut serial = [0; SERIAL];
+    let id = &drive_id.as_bytes()[..drive_id.floor_char_boundary(SERIAL)];
+    serial[..id.len()].copy_from_slice(id);
+    serial
+}

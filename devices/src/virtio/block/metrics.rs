@@ -1,0 +1,82 @@
+//! The counters of a drive, under the names that Firecracker's metrics have.
+
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+
+/// Counters since the creation of the device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Metrics {
+    /// Activations that failed. Always zero: a drive needs nothing more for it.
+    pub activate_fails: u64,
+    /// Bad accesses to the configuration space. Always zero: it can be read anywhere, and a write has no effect.
+    pub cfg_fails: u64,
+    /// Notifications that found the queue empty.
+    pub no_avail_buffer: u64,
+    /// Runs of the queue that ended because the driver broke the protocol.
+    pub event_fails: u64,
+    /// Valid requests that the host failed.
+    pub execute_fails: u64,
+    /// Requests that were refused: malformed, out of range, a write to a read-only drive, or of an unknown type.
+    pub invalid_reqs_count: u64,
+    /// Flushes carried out.
+    pub flush_count: u64,
+    /// Notifications by the driver.
+    pub queue_event_count: u64,
+    /// Timer events of the rate limiter. Always zero in this version.
+    pub rate_limiter_event_count: u64,
+    /// Changes of the live device that were made.
+    pub update_count: u64,
+    /// Changes of the live device that were refused.
+    pub update_fails: u64,
+    /// Bytes that the guest read.
+    pub read_bytes: u64,
+    /// Bytes that the guest wrote.
+    pub write_bytes: u64,
+    /// Reads carried out.
+    pub read_count: u64,
+    /// Writes carried out.
+    pub write_count: u64,
+    /// Requests that the rate limiter held back. Always zero in this version.
+    pub rate_limiter_throttled_events: u64,
+    /// Requests that a full engine held back. Always zero: the synchronous engine is never full.
+    pub io_engine_throttled_events: u64,
+    /// Requests that stayed in the queue when a run of it ended, so that other devices had their turn.
+    pub remaining_reqs_count: u64,
+    /// How long reads took.
+    pub read_agg: Latency,
+    /// How long writes took.
+    pub write_agg: Latency,
+}
+
+/// Shortest, longest and total time of an operation. Kept in nanoseconds, printed in microseconds.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Latency {
+    /// Shortest, in ns; zero when there was none.
+    #[serde(rename = "min_us", serialize_with = "as_micros")]
+    pub min_ns: u64,
+    /// Longest, in ns.
+    #[serde(rename = "max_us", serialize_with = "as_micros")]
+    pub max_ns: u64,
+    /// All together, in ns.
+    #[serde(rename = "sum_us", serialize_with = "as_micros")]
+    pub sum_ns: u64,
+}
+
+impl Latency {
+    /// Counts one operation.
+    pub fn record(&mut self, time: Duration) {
+        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.min_ns = if self.sum_ns == 0 { ns } else { self.min_ns.min(ns) };
+        self.max_ns = self.max_ns.max(ns);
+        self.sum_ns = self.sum_ns.saturating_add(ns);
+    }
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes fields by reference"
+)]
+fn as_micros<S: Serializer>(ns: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(ns / 1000)
+}

@@ -1,0 +1,168 @@
+//! The wire format, the checks of a config, and images that cannot be used.
+
+use std::error::Error;
+
+use vmm_sys_util::tempdir::TempDir;
+
+use super::super::{ConfigError, OpenError, Patch};
+use super::*;
+
+fn parse(json: &str) -> Config {
+    serde_json::from_str(json).unwrap()
+}
+
+fn refusal(json: &str) -> ConfigError {
+    parse(json).validate().unwrap_err()
+}
+
+fn open_error(path: &str) -> OpenError {
+    let json = serde_json::json!({"drive_id": "a", "is_root_device": false, "path_on_host": path});
+    parse(&json.to_string()).build().err().unwrap()
+}
+
+#[test]
+fn prints_all_fields_with_defaults_in_order() {
+    let config = parse(r#"{"drive_id":"a","path_on_host":"/x","is_root_device":true}"#);
+    assert_eq!(
+        serde_json::to_string(&config).unwrap(),
+        r#"{"drive_id":"a","partuuid":null,"is_root_device":true,"cache_type":"Unsafe","is_read_only":false,"path_on_host":"/x","rate_limiter":null,"io_engine":"Sync","socket":null}"#
+    );
+}
+
+#[test]
+fn names_known_fields_when_one_is_unknown() {
+    let error = serde_json::from_str::<Config>(r#"{"nope":1}"#).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "unknown field `nope`, expected one of `drive_id`, `partuuid`, `is_root_device`, `cache_type`, \
+         `is_read_only`, `path_on_host`, `rate_limiter`, `io_engine`, `socket` at line 1 column 7"
+    );
+    let error = serde_json::from_str::<Patch>(r#"{"nope":1}"#).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "unknown field `nope`, expected one of `drive_id`, `path_on_host`, `rate_limiter` at line 1 column 7"
+    );
+}
+
+#[test]
+fn accepts_both_engines_and_a_limiter_without_effect() {
+    let config = parse(
+        r#"{"drive_id":"a","path_on_host":"/x","is_root_device":false,"io_engine":"Async",
+            "rate_limiter":{"ops":{"size":0,"refill_time":1}}}"#,
+    );
+    assert_eq!(config.validate(), Ok(()));
+    let echo = serde_json::to_value(&config).unwrap();
+    assert_eq!(
+        (&echo["io_engine"], &echo["rate_limiter"]),
+        (&"Async".into(), &().into())
+    );
+}
+
+#[test]
+fn refuses_what_this_version_does_not_have() {
+    assert!(matches!(
+        refusal(r#"{"drive_id":"a","socket":"/s","is_root_device":false}"#),
+        ConfigError::VhostUser { .. }
+    ));
+    assert!(matches!(
+        refusal(
+            r#"{"drive_id":"a","path_on_host":"/x","is_root_device":false,
+                "rate_limiter":{"ops":{"size":1,"refill_time":1}}}"#
+        ),
+        ConfigError::RateLimiter { .. }
+    ));
+}
+
+#[test]
+fn wants_either_an_image_or_a_socket() {
+    assert!(matches!(
+        refusal(r#"{"drive_id":"a","is_root_device":false}"#),
+        ConfigError::Backend { .. }
+    ));
+    assert!(matches!(
+        refusal(r#"{"drive_id":"a","path_on_host":"/x","socket":"/s","is_root_device":false}"#),
+        ConfigError::Backend { .. }
+    ));
+}
+
+#[test]
+fn lets_only_plain_partition_ids_to_the_command_line() {
+    let with = |partuuid: &str| {
+        let json = serde_json::json!({
+            "drive_id": "a", "path_on_host": "/x", "is_root_device": true, "partuuid": partuuid
+        });
+        parse(&json.to_string()).validate()
+    };
+    assert_eq!(with("0eaa91a0-01"), Ok(()));
+    assert_eq!(with("f3c8A1de-0001-4e5f-9c3b-0123456789ab"), Ok(()));
+    assert!(with("").is_err());
+    assert!(with("01 init=/bin/sh").is_err());
+    assert!(with(&"0".repeat(37)).is_err());
+}
+
+#[test]
+fn names_a_missing_image_and_a_missing_folder() {
+    let image = open_error("/no-such-image");
+    assert!(matches!(image, OpenError::Missing { .. }), "{image:?}");
+    assert!(image.to_string().contains("/no-such-image") && image.source().is_some());
+    let folder = open_error("/dev/null/image");
+    assert!(matches!(folder, OpenError::Missing { .. }), "{folder:?}");
+}
+
+#[test]
+fn refuses_what_is_not_a_disk_without_opening_it() {
+    let dir = TempDir::new().unwrap();
+    let fifo = dir.as_path().join("fifo");
+    let fifo = fifo.to_str().unwrap();
+    assert!(
+        std::process::Command::new("mkfifo")
+            .arg(fifo)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let found = |path: &str| match open_error(path) {
+        OpenError::NotADisk { found, .. } => found,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(found(dir.as_path().to_str().unwrap()), "a directory");
+    assert_eq!(found(fifo), "a FIFO");
+    assert_eq!(found("/dev/null"), "a character device");
+}
+
+#[test]
+fn refuses_an_image_without_a_whole_sector() {
+    assert!(matches!(
+        open_error(&path(&image(0))),
+        OpenError::TooSmall { size: 0, .. }
+    ));
+    assert!(matches!(
+        open_error(&path(&image(511))),
+        OpenError::TooSmall { size: 511, .. }
+    ));
+}
+
+#[test]
+fn opens_an_image_of_one_sector() {
+    let device = device(&image(512));
+    assert_eq!(device.config_space()[..8], 1u64.to_le_bytes());
+}
+
+#[test]
+fn hides_the_tail_behind_the_last_whole_sector() {
+    let (image, mem) = (image(1000), testing::memory(1 << 20));
+    let (mut device, mut guest) = (device(&image), Guest::new(&mem));
+    assert_eq!(device.config_space()[..8], 1u64.to_le_bytes());
+    let answer = guest.request(&mut device, OUT, 1, &[readable(DATA, 512)]);
+    assert_eq!(answer, (IO_ERROR, 1));
+    assert_eq!(content(&image).len(), 1000);
+}
+
+#[test]
+fn tells_the_guest_its_limits() {
+    let device = device(&image(3 * 512));
+    let space = device.config_space();
+    assert_eq!(space.len(), 24);
+    assert_eq!(space[12..16], 254u32.to_le_bytes());
+    assert_eq!(space[20..24], 512u32.to_le_bytes());
+}
