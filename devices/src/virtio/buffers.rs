@@ -4,7 +4,9 @@
 //! `iovec`s. Every piece was checked against guest memory when it was pushed, and the lifetime keeps that memory
 //! mapped, so using them later needs no second look-up.
 
+use std::io;
 use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::{ByteValued, VolatileSlice};
 
@@ -56,6 +58,28 @@ impl<'m> Buffers<'m> {
     /// The pieces, for a vectored system call.
     pub fn iovecs(&self) -> &[libc::iovec] {
         &self.pieces
+    }
+
+    /// Reads from `fd` into the pieces and, behind them, into `rest`, with one `readv`. Returns the bytes read.
+    pub fn readv(&mut self, fd: BorrowedFd<'_>, rest: &mut [u8]) -> io::Result<usize> {
+        self.pieces.push(libc::iovec {
+            iov_base: rest.as_mut_ptr().cast(),
+            iov_len: rest.len(),
+        });
+        let count = vec_len(&self.pieces);
+        // SAFETY: needed to read into guest memory without a copy. Each piece lies in guest memory that outlives 'm
+        // and to which no reference exists; the last one is `rest`, borrowed for the call.
+        let read = unsafe { libc::readv(fd.as_raw_fd(), self.pieces.as_ptr(), count) };
+        let result = usize::try_from(read).map_err(|_| io::Error::last_os_error());
+        self.pieces.pop();
+        result
+    }
+
+    /// Writes all pieces to `fd` with one `writev`. Returns the bytes written.
+    pub fn writev(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        // SAFETY: needed to write from guest memory without a copy. Each piece lies in guest memory that outlives 'm.
+        let written = unsafe { libc::writev(fd.as_raw_fd(), self.pieces.as_ptr(), vec_len(&self.pieces)) };
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 
     /// Drops the first `count` bytes, or all when there are fewer.
@@ -159,9 +183,15 @@ impl<'m> Buffers<'m> {
     }
 }
 
+/// The count as the kernel takes it; it refuses more than 1024.
+fn vec_len(pieces: &[libc::iovec]) -> libc::c_int {
+    libc::c_int::try_from(pieces.len()).unwrap_or(libc::c_int::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     fn buffers<'m>(pieces: &'m mut [&mut [u8]]) -> Buffers<'m> {
         let mut buffers = Buffers::new();
@@ -226,6 +256,24 @@ mod tests {
         assert_eq!((buffers.len(), buffers.iovecs().len()), (1, 1));
         assert!(buffers.pop_byte().is_some() && buffers.pop_byte().is_none());
         assert_eq!((a, b), ([1, 8], [9]));
+    }
+
+    #[test]
+    fn moves_bytes_between_pieces_and_a_descriptor() {
+        let (from, to) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let (mut a, mut b, mut rest) = ([1, 2], [3], [0; 4]);
+        assert_eq!(
+            buffers(&mut [&mut a[..], &mut b[..]])
+                .writev(from.as_fd())
+                .unwrap(),
+            3
+        );
+        let mut into = [0; 2];
+        let mut pieces = [&mut into[..]];
+        let mut buffers = buffers(&mut pieces);
+        assert_eq!(buffers.readv(to.as_fd(), &mut rest).unwrap(), 3);
+        assert_eq!((buffers.len(), buffers.iovecs().len()), (2, 1));
+        assert_eq!((into, rest), ([1, 2], [3, 0, 0, 0]));
     }
 
     #[test]

@@ -243,9 +243,9 @@ impl<'m> Ring<'_, 'm> {
         Ok(true)
     }
 
-    /// Puts the last popped chain back: the next `pop` gives it again.
-    pub fn unpop(&mut self) {
-        self.queue.next_avail = self.queue.next_avail.wrapping_sub(1);
+    /// Puts the last `count` popped chains back: the next `pop`s give them again. None of them may have been pushed.
+    pub fn unpop(&mut self, count: u16) {
+        self.queue.next_avail = self.queue.next_avail.wrapping_sub(count);
     }
 
     /// How many chains the driver has made available that were not popped.
@@ -322,7 +322,8 @@ impl<'m> Ring<'_, 'm> {
         }
     }
 
-    fn size(&self) -> u16 {
+    /// Entries of the queue.
+    pub fn size(&self) -> u16 {
         self.queue.config.size
     }
 

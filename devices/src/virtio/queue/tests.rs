@@ -44,7 +44,7 @@ fn gives_a_chain_again_after_unpop() {
     let mut chain = Chain::new();
     let mut ring = queue.open(&mem).unwrap();
     ring.pop(&mut chain).unwrap();
-    ring.unpop();
+    ring.unpop(1);
     assert!(ring.pop(&mut chain).unwrap());
     assert_eq!(chain.head(), head);
 }
