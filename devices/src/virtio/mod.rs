@@ -4,6 +4,7 @@ pub mod block;
 pub mod buffers;
 pub mod lane;
 pub mod queue;
+pub mod rng;
 pub mod slot;
 pub mod state;
 
