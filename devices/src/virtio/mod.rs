@@ -3,6 +3,7 @@
 pub mod block;
 pub mod buffers;
 pub mod lane;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod slot;

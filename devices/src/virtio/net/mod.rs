@@ -1,0 +1,250 @@
+//! The network device (virtio 1.2 §5.1): a queue for each direction between the guest and a [`Backend`], which is a
+//! [`Tap`] outside of tests.
+//!
+//! Frames carry virtio's own header on the tap too, so checksum and segmentation offloads pass through unparsed, and
+//! the bytes move between guest memory and kernel without a copy in between. All calls but [`Config::build`] come
+//! from the io thread that owns the device.
+
+mod backend;
+mod config;
+pub mod feature;
+mod metrics;
+mod rx;
+mod tap;
+#[cfg(test)]
+mod tests;
+mod tx;
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub use backend::{Backend, HEADER_LEN, MAX_FRAME_LEN};
+pub use config::{Config, ConfigError, InvalidMac, MIN_MTU, MacAddr, Patch};
+pub use metrics::{Latency, Metrics};
+pub use tap::{OpenError, Tap};
+
+use self::rx::Rx;
+use self::tx::Tx;
+use super::{
+    Blob, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, StateError, UpdateError, Vector, VirtioDevice,
+    feature as virtio,
+};
+
+/// Index of the queue for what the guest receives.
+pub const RX: u16 = 0;
+/// Index of the queue for what the guest sends.
+pub const TX: u16 = 1;
+/// Entries of each queue.
+const QUEUE_SIZE: u16 = 256;
+/// The most frames moved in one direction before others have their turn.
+const TURN: usize = 64;
+/// The device's only descriptor.
+const BACKEND_TOKEN: u32 = 0;
+/// `status` in the configuration space: the link is up.
+const LINK_UP: u16 = 1;
+
+/// Whether a direction has more work than it was allowed to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Done,
+    More,
+}
+
+/// The host's end of the interface, as the two directions see it.
+struct Wire<'a> {
+    fd: BorrowedFd<'a>,
+    iface_id: &'a str,
+}
+
+impl Wire<'_> {
+    /// Logs the `count`th failure of `op`; ever fewer of them, as a guest can cause as many as it likes.
+    fn complain(&self, op: &str, count: u64, result: &io::Result<usize>) {
+        if !count.is_power_of_two() {
+            return;
+        }
+        let id = self.iface_id;
+        match result {
+            Ok(len) => log::warn!("net {id}: {op} gave {len} bytes (failure {count})"),
+            Err(error) => log::warn!("net {id}: {op} failed (failure {count}): {error}"),
+        }
+    }
+}
+
+/// What a snapshot keeps: nothing. Config and features say it all, and a frame on its way may be lost.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {}
+
+/// A network device.
+pub struct Net<B = Tap> {
+    info: DeviceInfo,
+    iface_id: String,
+    config_space: [u8; 12],
+    backend: B,
+    /// The driver's offloads that the backend goes by.
+    offloads: u64,
+    rx: Rx,
+    tx: Tx,
+    metrics: Metrics,
+}
+
+impl<B: Backend> Net<B> {
+    /// A device on `backend`; of `config` it takes address and MTU.
+    pub fn new(config: &Config, backend: B) -> Self {
+        let mut features = virtio::COMMON | feature::MRG_RXBUF | feature::STATUS | backend.offloads();
+        if config.guest_mac.is_some() {
+            features |= feature::MAC;
+        }
+        if config.mtu.is_some() {
+            features |= feature::MTU;
+        }
+        Self {
+            info: DeviceInfo {
+                kind: DeviceKind::Net,
+                queue_sizes: vec![QUEUE_SIZE; 2],
+                features,
+            },
+            iface_id: config.iface_id.clone(),
+            config_space: config_space(config),
+            offloads: backend.offloads() & feature::GUEST_OFFLOADS,
+            backend,
+            rx: Rx::new(),
+            tx: Tx {
+                guest_mac: config.guest_mac,
+            },
+            metrics: Metrics::default(),
+        }
+    }
+
+    fn start(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.rx.mergeable = io.features & feature::MRG_RXBUF != 0;
+        let offloads = io.features & feature::GUEST_OFFLOADS;
+        if offloads != self.offloads {
+            let set = self.backend.set_offloads(offloads);
+            set.map_err(host("set the offloads of the tap"))?;
+            if self.offloads & !offloads != 0 {
+                self.rx.discard(self.backend.as_fd());
+            }
+            self.offloads = offloads;
+        }
+        let fd = self.backend.as_fd().as_raw_fd();
+        io.watch.add(fd, BACKEND_TOKEN).map_err(host("watch the tap"))
+    }
+
+    fn transmit(&mut self, io: &mut Io<'_>) -> Result<(), QueueError> {
+        let mut ring = io.queues[usize::from(TX)].open(io.mem)?;
+        let wire = Wire {
+            fd: self.backend.as_fd(),
+            iface_id: &self.iface_id,
+        };
+        let progress = self.tx.drain(&wire, &mut ring, &mut self.metrics)?;
+        if ring.needs_interrupt() {
+            io.irq.raise(Vector::Queue(TX));
+        }
+        if progress == Progress::More {
+            io.again = Some(TX);
+        }
+        Ok(())
+    }
+
+    /// Does nothing before the driver has set the queue up: frames wait in the backend.
+    fn receive(&mut self, io: &mut Io<'_>) -> Result<(), QueueError> {
+        let queue = &mut io.queues[usize::from(RX)];
+        if !queue.config().ready {
+            return Ok(());
+        }
+        let mut ring = queue.open(io.mem)?;
+        let wire = Wire {
+            fd: self.backend.as_fd(),
+            iface_id: &self.iface_id,
+        };
+        let progress = self.rx.drain(&wire, &mut ring, &mut self.metrics)?;
+        if ring.needs_interrupt() {
+            io.irq.raise(Vector::Queue(RX));
+        }
+        if progress == Progress::More {
+            io.again = Some(RX);
+        }
+        Ok(())
+    }
+
+    /// Counts a broken queue.
+    fn checked(&mut self, result: Result<(), QueueError>) -> Result<(), DeviceError> {
+        self.metrics.event_fails += u64::from(result.is_err());
+        Ok(result?)
+    }
+}
+
+impl<B: Backend> VirtioDevice for Net<B> {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn config_space(&self) -> &[u8] {
+        &self.config_space
+    }
+
+    fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let result = self.start(io);
+        self.metrics.activate_fails += u64::from(result.is_err());
+        result
+    }
+
+    fn on_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let result = if queue == TX {
+            self.metrics.tx_queue_event_count += 1;
+            self.transmit(io)
+        } else {
+            self.metrics.rx_queue_event_count += 1;
+            self.receive(io)
+        };
+        self.checked(result)
+    }
+
+    fn on_event(&mut self, _token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.metrics.rx_tap_event_count += 1;
+        let result = self.receive(io);
+        self.checked(result)
+    }
+
+    fn reset(&mut self) {
+        self.rx.reset();
+    }
+
+    fn update(&mut self, patch: Value, _io: &mut Io<'_>) -> Result<(), UpdateError> {
+        let patch: Patch = serde_json::from_value(patch)?;
+        patch
+            .validate()
+            .map_err(|error| UpdateError::Device(error.into()))
+    }
+
+    fn save(&self) -> Blob {
+        Blob::new("net", 1, &State {})
+    }
+
+    fn load(&mut self, state: Blob) -> Result<(), StateError> {
+        state.open::<State>("net", 1).map(|State {}| ())
+    }
+
+    fn metrics(&self) -> Value {
+        serde_json::to_value(&self.metrics).expect("counters are plain data")
+    }
+}
+
+fn host(op: &'static str) -> impl Fn(io::Error) -> DeviceError {
+    move |source| DeviceError::Host { op, source }
+}
+
+/// The configuration space (virtio 1.2 §5.1.4): address, status, no queue pairs beyond the first, MTU.
+fn config_space(config: &Config) -> [u8; 12] {
+    let mut space = [0; 12];
+    if let Some(mac) = config.guest_mac {
+        space[..6].copy_from_slice(&mac.bytes());
+    }
+    space[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
+    space[10..].copy_from_slice(&config.mtu.unwrap_or(0).to_le_bytes());
+    space
+}

@@ -1,0 +1,204 @@
+//! [`Tap`]: an Ethernet interface of the host whose other end is a file descriptor.
+//!
+//! Opened on the control thread when the device is built; the io thread then reads and writes it. A tap that did not
+//! exist is created non-persistent: the kernel removes it when this process closes it. One that existed stays.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use libc::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6};
+
+use super::backend::{Backend, HEADER_LEN};
+use super::{ConfigError, feature};
+
+const DEVICE: &str = "/dev/net/tun";
+const TAP_FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+/// Why a network device could not be made; nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The config is wrong by itself.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The kernel's tap driver cannot be reached.
+    #[error("cannot open {DEVICE}: load the tun module and let this user read and write the file")]
+    Driver {
+        /// Why not.
+        source: io::Error,
+    },
+    /// The user may not use the tap, or not create it.
+    #[error(
+        "no permission for the tap '{name}': make it for this user with 'ip tuntap add dev {name} mode tap user USER', or grant CAP_NET_ADMIN"
+    )]
+    Permission {
+        /// The tap.
+        name: String,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
+    /// Another process holds the tap.
+    #[error("the tap '{name}' is in use by another process: every network interface needs a tap of its own")]
+    Busy {
+        /// The tap.
+        name: String,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
+    /// The interface is something else, or has several queues.
+    #[error(
+        "'{name}' is not a single-queue tap: make one with 'ip tuntap add dev {name} mode tap', without multi_queue"
+    )]
+    NotATap {
+        /// The interface.
+        name: String,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("cannot {op} of the tap '{name}'")]
+    Host {
+        /// What was tried.
+        op: &'static str,
+        /// The tap.
+        name: String,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// An open tap.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    offloads: u64,
+}
+
+impl Tap {
+    /// Opens the tap `name`, a valid interface name, and creates it when there is none.
+    pub fn open(name: &str) -> Result<Self, OpenError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(DEVICE)
+            .map_err(|source| OpenError::Driver { source })?;
+        let host = |op| {
+            move |source| OpenError::Host {
+                op,
+                name: name.to_owned(),
+                source,
+            }
+        };
+        attach(&file, name).map_err(|source| refusal(name, source))?;
+        set_header_len(&file).map_err(host("set the header size"))?;
+        let offloads = probe_offloads(&file).map_err(host("set the offloads"))?;
+        Ok(Self { file, offloads })
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Backend for Tap {
+    fn offloads(&self) -> u64 {
+        self.offloads
+    }
+
+    fn set_offloads(&mut self, features: u64) -> io::Result<()> {
+        set_offload_flags(&self.file, offload_flags(features))
+    }
+}
+
+/// What it means that the kernel did not attach the tap.
+fn refusal(name: &str, source: io::Error) -> OpenError {
+    let (op, name) = ("take hold", name.to_owned());
+    match source.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => OpenError::Permission { name, source },
+        Some(libc::EBUSY) => OpenError::Busy { name, source },
+        Some(libc::EINVAL) => OpenError::NotATap { name, source },
+        _ => OpenError::Host { op, name, source },
+    }
+}
+
+/// Turns on all that the kernel has, newest first, and tells which features that makes.
+fn probe_offloads(file: &File) -> io::Result<u64> {
+    use feature::{
+        CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_UFO, GUEST_USO4, GUEST_USO6, HOST_ECN,
+        HOST_TSO4, HOST_TSO6, HOST_UFO, HOST_USO,
+    };
+    let tso = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
+    let ufo = tso | HOST_UFO | GUEST_UFO;
+    // USO came with Linux 6.2; some kernels between 4.14 and 4.15 know no UFO.
+    let uso = ufo | HOST_USO | GUEST_USO4 | GUEST_USO6;
+    for features in [uso, ufo] {
+        if set_offload_flags(file, offload_flags(features)).is_ok() {
+            return Ok(features);
+        }
+    }
+    set_offload_flags(file, offload_flags(tso))?;
+    Ok(tso)
+}
+
+/// The kernel's flags for what the guest can take. It refuses a flag without the one it builds on.
+fn offload_flags(features: u64) -> libc::c_uint {
+    let has = |bits: u64| features & bits == bits;
+    let when = |condition: bool, flags: libc::c_uint| if condition { flags } else { 0 };
+    if !has(feature::GUEST_CSUM) {
+        return 0;
+    }
+    let tso = when(has(feature::GUEST_TSO4), TUN_F_TSO4) | when(has(feature::GUEST_TSO6), TUN_F_TSO6);
+    TUN_F_CSUM
+        | tso
+        | when(tso != 0 && has(feature::GUEST_ECN), TUN_F_TSO_ECN)
+        | when(has(feature::GUEST_UFO), TUN_F_UFO)
+        | when(
+            has(feature::GUEST_USO4 | feature::GUEST_USO6),
+            TUN_F_USO4 | TUN_F_USO6,
+        )
+}
+
+/// Binds the descriptor to the tap `name`.
+fn attach(file: &File, name: &str) -> io::Result<()> {
+    let mut ifr_name = [0; libc::IFNAMSIZ];
+    for (to, from) in ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::c_short::try_from(TAP_FLAGS).expect("the flags are the low 15 bits");
+    let mut request = libc::ifreq {
+        ifr_name,
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags },
+    };
+    // SAFETY: needed as no safe wrapper exists. The kernel reads and writes one `ifreq`, which lives across the call.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) })?;
+    // SAFETY: as above.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF, &mut request) })?;
+    // SAFETY: needed to read a union; TUNGETIFF has filled this member in, and any bits are valid.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    if libc::c_int::from(flags) & libc::IFF_PERSIST == 0 {
+        log::info!("created the tap '{name}'; it is down, and goes when this process closes it");
+    }
+    Ok(())
+}
+
+fn set_header_len(file: &File) -> io::Result<()> {
+    let len = libc::c_int::try_from(HEADER_LEN).expect("12 fits");
+    // SAFETY: needed as no safe wrapper exists. The kernel reads one int, which lives across the call.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &len) })
+}
+
+fn set_offload_flags(file: &File, flags: libc::c_uint) -> io::Result<()> {
+    // SAFETY: needed as no safe wrapper exists. The argument is a number, passed as the long that the kernel takes.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,172 @@
+//! The network device from the outside: a [`Guest`] with both queues in plain memory, and a socket pair for the tap.
+
+mod device;
+mod noise;
+mod rx;
+mod tap;
+mod tx;
+
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Arc, Mutex};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::feature::{GUEST_CSUM, GUEST_TSO4, MRG_RXBUF};
+use super::{Backend, Config, HEADER_LEN, Net, RX, TX};
+use crate::GuestMemory;
+use crate::testing::{self, Driver, Recorder, memory, writable};
+use crate::virtio::{DeviceError, Queue, VirtioDevice};
+
+/// Where the guest's buffers start; the rings lie below.
+const BUFFERS: u64 = 0x10_0000;
+
+/// A socket in place of a tap; its packets keep the bounds of frames.
+struct FakeTap {
+    socket: UnixDatagram,
+    set: Arc<Mutex<Vec<u64>>>,
+}
+
+impl FakeTap {
+    /// The fake and the host's end of its wire.
+    fn new() -> (Self, UnixDatagram) {
+        let kind = libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+        let mut fds = [0; 2];
+        // SAFETY: needed as std has no sockets of this kind, and its datagram sockets hold only ten packets. The
+        // kernel writes two descriptors, which nobody else owns.
+        let [socket, wire] = unsafe {
+            assert_eq!(libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()), 0);
+            fds.map(|fd| UnixDatagram::from(OwnedFd::from_raw_fd(fd)))
+        };
+        let set = Arc::default();
+        (Self { socket, set }, wire)
+    }
+}
+
+impl AsFd for FakeTap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Backend for FakeTap {
+    fn offloads(&self) -> u64 {
+        GUEST_CSUM | GUEST_TSO4
+    }
+
+    fn set_offloads(&mut self, features: u64) -> std::io::Result<()> {
+        self.set.lock().unwrap().push(features);
+        Ok(())
+    }
+}
+
+fn config(rest: &str) -> Config {
+    serde_json::from_str(&format!(r#"{{"iface_id":"eth0","host_dev_name":"tap0"{rest}}}"#)).unwrap()
+}
+
+/// A driver with its device, and the host behind.
+struct Guest<'m> {
+    mem: &'m GuestMemory,
+    rx: Driver<'m>,
+    tx: Driver<'m>,
+    queues: [Queue; 2],
+    recorder: Arc<Recorder>,
+    net: Net<FakeTap>,
+    wire: UnixDatagram,
+    features: u64,
+    /// What the device asked for in its last call.
+    again: Option<u16>,
+}
+
+impl<'m> Guest<'m> {
+    /// A guest with mergeable buffers and queues of `size` entries.
+    fn new(mem: &'m GuestMemory, size: u16) -> Self {
+        Self::with(mem, size, MRG_RXBUF | GUEST_CSUM | GUEST_TSO4)
+    }
+
+    fn with(mem: &'m GuestMemory, size: u16, features: u64) -> Self {
+        let (tap, wire) = FakeTap::new();
+        let (rx, tx) = (Driver::new(mem, 0x1000, size), Driver::new(mem, 0x8_0000, size));
+        let queues = [rx.queue(false), tx.queue(false)];
+        let net = Net::new(&config(r#","guest_mac":"02:00:00:00:00:01""#), tap);
+        let mut guest = Self {
+            mem,
+            rx,
+            tx,
+            queues,
+            recorder: testing::recorder(),
+            net,
+            wire,
+            features,
+            again: None,
+        };
+        let mut io = testing::io(mem, &mut guest.queues, &guest.recorder, features);
+        guest.net.activate(&mut io).unwrap();
+        guest
+    }
+
+    fn call(
+        &mut self,
+        work: impl FnOnce(&mut Net<FakeTap>, &mut crate::virtio::Io<'_>) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let mut io = testing::io(self.mem, &mut self.queues, &self.recorder, self.features);
+        let result = work(&mut self.net, &mut io);
+        self.again = io.again;
+        result
+    }
+
+    fn kick_rx(&mut self) {
+        self.call(|net, io| net.on_queue(RX, io)).unwrap();
+    }
+
+    fn kick_tx(&mut self) {
+        self.call(|net, io| net.on_queue(TX, io)).unwrap();
+    }
+
+    fn tap_event(&mut self) {
+        self.call(|net, io| net.on_event(0, io)).unwrap();
+    }
+
+    /// Offers `count` receive buffers of `len` bytes, side by side from the `first`th place on; returns their heads.
+    fn offer_rx(&mut self, first: u64, count: u64, len: u32) -> Vec<u16> {
+        let mut offer = |i| self.rx.offer(&[writable(BUFFERS + i * u64::from(len), len)]);
+        (first..first + count).map(&mut offer).collect()
+    }
+
+    /// Guest memory from the `BUFFERS + offset`.
+    fn bytes(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.mem
+            .read_slice(&mut bytes, GuestAddress(BUFFERS + offset))
+            .unwrap();
+        bytes
+    }
+
+    /// All answers in the receive queue.
+    fn received(&mut self) -> Vec<(u16, u32)> {
+        std::iter::from_fn(|| self.rx.used()).collect()
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        self.net.metrics()[name].as_u64().unwrap()
+    }
+}
+
+/// A frame with its header, `len` bytes together, recognisable by `seed`.
+fn frame(len: usize, seed: u8) -> Vec<u8> {
+    let pattern = (0u8..=250).cycle().map(|b| b.wrapping_add(seed));
+    let mut frame = vec![0; HEADER_LEN];
+    frame.extend(pattern.take(len - HEADER_LEN));
+    frame
+}
+
+/// The frame as the guest sees it: the header says how many buffers it took.
+fn merged(mut frame: Vec<u8>, buffers: u16) -> Vec<u8> {
+    frame[10..12].copy_from_slice(&buffers.to_le_bytes());
+    frame
+}
+
+/// Memory for rings and buffers.
+fn ram() -> GuestMemory {
+    memory(4 << 20)
+}
