@@ -14,7 +14,9 @@
 
 pub mod acpi;
 pub mod bus;
+pub mod catalog;
 pub mod legacy;
+pub mod pci;
 pub mod rate_limiter;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -3,7 +3,9 @@
 pub mod block;
 pub mod buffers;
 pub mod lane;
+pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod slot;

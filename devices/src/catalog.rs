@@ -1,0 +1,57 @@
+//! The list of virtio devices: what a config section becomes.
+
+use crate::virtio::{VirtioDevice, block, net, rng};
+
+/// The config of any device.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DeviceConfig {
+    /// A disk.
+    Block(block::Config),
+    /// A network card.
+    Net(net::Config),
+    /// The entropy device.
+    Entropy(rng::Config),
+}
+
+/// Why a device could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// A disk.
+    #[error("Unable to create the virtio block device")]
+    Block(#[from] block::OpenError),
+    /// A network card.
+    #[error("Could not create the network device")]
+    Net(#[from] net::OpenError),
+    /// The entropy device.
+    #[error("Could not create the entropy device")]
+    Entropy(#[from] rng::ConfigError),
+}
+
+impl DeviceConfig {
+    /// The id under which users know the device.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Block(config) => &config.drive_id,
+            Self::Net(config) => &config.iface_id,
+            Self::Entropy(_) => "entropy",
+        }
+    }
+
+    /// The metrics group of the device's kind.
+    pub fn metrics_group(&self) -> &'static str {
+        match self {
+            Self::Block(_) => "block",
+            Self::Net(_) => "net",
+            Self::Entropy(_) => "entropy",
+        }
+    }
+
+    /// Opens what the device needs and makes it.
+    pub fn build(&self) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        Ok(match self {
+            Self::Block(config) => Box::new(config.build()?),
+            Self::Net(config) => Box::new(config.build()?),
+            Self::Entropy(config) => Box::new(config.build()?),
+        })
+    }
+}

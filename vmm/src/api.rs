@@ -1,0 +1,274 @@
+//! The route table: which method and path mean which [`Action`], and which [`Reply`] has which body.
+//!
+//! This is the only place that knows both HTTP and actions. It runs on the `api` thread, which turns untrusted bytes
+//! into typed, locally checked actions; the control thread decides whether they are possible.
+
+use api_server::{Method, Request, Response};
+use devices::virtio::{block, net, rng};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::config::{
+    BootSource, ConfigError, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
+};
+use crate::metrics::RequestMetrics;
+
+/// What a client wants. Each is carried out once, by the controller's only `match`.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "each is named for its request")]
+pub enum Action {
+    GetInstance,
+    GetVersion,
+    GetMachineConfig,
+    GetVmConfig,
+    PutMachineConfig(MachineConfig),
+    PatchMachineConfig(MachinePatch),
+    PutBootSource(BootSource),
+    PutDrive(Box<block::Config>),
+    PutNet(Box<net::Config>),
+    PutEntropy(rng::Config),
+    PutSerial(SerialConfig),
+    PutLogger(LoggerConfig),
+    PutMetrics(MetricsConfig),
+    PatchDrive { id: String, patch: Value },
+    InstanceStart,
+    FlushMetrics,
+    SendCtrlAltDel,
+    PowerButton,
+    Pause,
+    Resume,
+}
+
+/// A carried-out action's answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// Done, nothing to say.
+    Done,
+    /// A JSON document.
+    Json(String),
+}
+
+/// Why a request is answered 400 without reaching the control thread.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// No such resource, or not with this method.
+    #[error("Invalid request method and/or path: {method} {path}.")]
+    NotFound {
+        /// The request's method.
+        method: Method,
+        /// The part of the path that decided.
+        path: String,
+    },
+    /// The resource exists in the API and not yet in Mayfly.
+    #[error("{method} /{path} is not supported by this version of Mayfly.")]
+    Unsupported {
+        /// The request's method.
+        method: Method,
+        /// The resource.
+        path: String,
+    },
+    /// A body where none may be, or none where one must be.
+    #[error("{0}")]
+    Body(&'static str),
+    /// The body is not the JSON that the resource takes.
+    #[error("An error occurred when deserializing the json body of a request: {0}.")]
+    Json(serde_json::Error),
+    /// The id in the path breaks the rules.
+    #[error("{0}")]
+    Id(ConfigError),
+    /// Path and body disagree.
+    #[error("{0}")]
+    IdMismatch(String),
+    /// A value that only the device knows to be wrong.
+    #[error("{0}")]
+    Config(String),
+}
+
+/// A routed request.
+#[derive(Debug)]
+pub struct Routed {
+    /// What to do.
+    pub action: Action,
+    /// The answer carries `Deprecation: true`.
+    pub deprecated: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ActionBody {
+    action_type: ActionType,
+}
+
+#[derive(Deserialize)]
+enum ActionType {
+    FlushMetrics,
+    InstanceStart,
+    SendCtrlAltDel,
+    PowerButton,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VmBody {
+    state: VmState,
+}
+
+#[derive(Deserialize)]
+enum VmState {
+    Paused,
+    Resumed,
+}
+
+/// Resources that Firecracker's API has and this version does not.
+const UNSUPPORTED: [&str; 8] =
+    ["balloon", "cpu-config", "hotplug", "mmds", "pmem", "snapshot", "vsock", "network-interfaces"];
+
+/// Turns a request into an action, counting it.
+pub fn route(request: &Request, metrics: &RequestMetrics) -> Result<Routed, RouteError> {
+    let routed = find(request);
+    if let Some((group, name)) = counter_of(request) {
+        metrics.count(group, name, routed.is_err());
+    }
+    routed
+}
+
+fn find(request: &Request) -> Result<Routed, RouteError> {
+    let body = checked_body(request)?;
+    let mut tokens = request.path.trim_start_matches('/').split('/');
+    let resource = tokens.next().unwrap_or_default();
+    let id = tokens.next();
+    let action = match (request.method, resource) {
+        (Method::Get, "") => Action::GetInstance,
+        (Method::Get, "version") => Action::GetVersion,
+        (Method::Get, "machine-config") => Action::GetMachineConfig,
+        (Method::Get, "vm") if id == Some("config") => Action::GetVmConfig,
+        (Method::Put, "machine-config") => return put_machine_config(body),
+        (Method::Patch, "machine-config") => return patch_machine_config(body),
+        (Method::Put, "boot-source") => Action::PutBootSource(json(body)?),
+        (Method::Put, "drives") => put_drive(id, body)?,
+        (Method::Patch, "drives") => patch_drive(id, body)?,
+        (Method::Put, "network-interfaces") => put_net(id, body)?,
+        (Method::Put, "entropy") => Action::PutEntropy(json(body)?),
+        (Method::Put, "serial") => Action::PutSerial(json(body)?),
+        (Method::Put, "logger") => Action::PutLogger(json(body)?),
+        (Method::Put, "metrics") => Action::PutMetrics(json(body)?),
+        (Method::Put, "actions") => action(json(body)?),
+        (Method::Patch, "vm") => match json::<VmBody>(body)?.state {
+            VmState::Paused => Action::Pause,
+            VmState::Resumed => Action::Resume,
+        },
+        (method, path) if UNSUPPORTED.contains(&path) || (method == Method::Delete && path == "drives") => {
+            return Err(RouteError::Unsupported { method, path: path.into() });
+        }
+        (method, path) => return Err(RouteError::NotFound { method, path: path.into() }),
+    };
+    Ok(Routed { action, deprecated: false })
+}
+
+/// The rules about bodies come before those about paths.
+fn checked_body(request: &Request) -> Result<&[u8], RouteError> {
+    let body = request.body.as_deref().unwrap_or_default();
+    match (request.method, body.is_empty()) {
+        (Method::Get, false) => Err(RouteError::Body("GET request cannot have a body.")),
+        (Method::Delete, false) => Err(RouteError::Body("Empty Delete request.")),
+        (Method::Put, true) => Err(RouteError::Body("Empty PUT request.")),
+        (Method::Patch, true) => Err(RouteError::Body("Empty PATCH request.")),
+        _ => Ok(body),
+    }
+}
+
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, RouteError> {
+    serde_json::from_slice(body).map_err(RouteError::Json)
+}
+
+fn put_machine_config(body: &[u8]) -> Result<Routed, RouteError> {
+    let config: MachineConfig = json(body)?;
+    let deprecated = config.cpu_template.is_some();
+    Ok(Routed { action: Action::PutMachineConfig(config), deprecated })
+}
+
+fn patch_machine_config(body: &[u8]) -> Result<Routed, RouteError> {
+    let patch: MachinePatch = json(body)?;
+    if patch.is_empty() {
+        return Err(RouteError::Body("Empty PATCH request."));
+    }
+    let deprecated = patch.cpu_template.is_some();
+    Ok(Routed { action: Action::PatchMachineConfig(patch), deprecated })
+}
+
+fn put_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
+    let id = checked_id(id)?;
+    let config: block::Config = json(body)?;
+    same_drive_id(id, &config.drive_id)?;
+    Ok(Action::PutDrive(Box::new(config)))
+}
+
+fn patch_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
+    let id = checked_id(id)?;
+    let patch: block::Patch = json(body)?;
+    same_drive_id(id, &patch.drive_id)?;
+    Ok(Action::PatchDrive { id: id.into(), patch: json(body)? })
+}
+
+fn put_net(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
+    let id = checked_id(id)?;
+    let config: net::Config = json(body)?;
+    if id != config.iface_id {
+        let ids = format!("The id from the path [{id}] does not match the id from the body [{}]!", config.iface_id);
+        return Err(RouteError::IdMismatch(ids));
+    }
+    Ok(Action::PutNet(Box::new(config)))
+}
+
+fn same_drive_id(path: &str, body: &str) -> Result<(), RouteError> {
+    if path == body {
+        return Ok(());
+    }
+    Err(RouteError::IdMismatch("The id from the path does not match the id from the body!".into()))
+}
+
+fn checked_id(id: Option<&str>) -> Result<&str, RouteError> {
+    let id = id.unwrap_or_default();
+    check_id(id).map_err(RouteError::Id)?;
+    Ok(id)
+}
+
+fn action(body: ActionBody) -> Action {
+    match body.action_type {
+        ActionType::FlushMetrics => Action::FlushMetrics,
+        ActionType::InstanceStart => Action::InstanceStart,
+        ActionType::SendCtrlAltDel => Action::SendCtrlAltDel,
+        ActionType::PowerButton => Action::PowerButton,
+    }
+}
+
+/// The metrics group and name of a request.
+fn counter_of(request: &Request) -> Option<(&'static str, &'static str)> {
+    let resource = request.path.trim_start_matches('/').split('/').next().unwrap_or_default();
+    Some(match (request.method, resource) {
+        (Method::Get, "") => ("get_api_requests", "instance_info"),
+        (Method::Get, "version") => ("get_api_requests", "vmm_version"),
+        (Method::Get, "machine-config") => ("get_api_requests", "machine_cfg"),
+        (Method::Put, "actions") => ("put_api_requests", "actions"),
+        (Method::Put, "boot-source") => ("put_api_requests", "boot_source"),
+        (Method::Put, "drives") => ("put_api_requests", "drive"),
+        (Method::Put, "logger") => ("put_api_requests", "logger"),
+        (Method::Put, "machine-config") => ("put_api_requests", "machine_cfg"),
+        (Method::Put, "metrics") => ("put_api_requests", "metrics"),
+        (Method::Put, "network-interfaces") => ("put_api_requests", "network"),
+        (Method::Put, "serial") => ("put_api_requests", "serial"),
+        (Method::Patch, "drives") => ("patch_api_requests", "drive"),
+        (Method::Patch, "machine-config") => ("patch_api_requests", "machine_cfg"),
+        _ => return None,
+    })
+}
+
+/// The answer to a carried-out action.
+pub fn response<E: std::error::Error>(result: Result<Reply, E>) -> Response {
+    match result {
+        Ok(Reply::Done) => Response::no_content(),
+        Ok(Reply::Json(body)) => Response::json(body),
+        Err(error) => Response::fault(400, &crate::error::chain(&error)),
+    }
+}

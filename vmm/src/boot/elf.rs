@@ -1,0 +1,146 @@
+//! ELF kernels: the loadable segments of an uncompressed `vmlinux`.
+//!
+//! Segments are mapped copy-on-write over guest RAM as far as whole pages of file and memory coincide, so that a boot
+//! reads only what the guest touches and VMs share the pages of one kernel. Their ragged ends are copied.
+
+use vm_memory::GuestAddress;
+
+use super::image::Image;
+use super::kernel::{Entry, KernelError, LoadedKernel, check_room, field};
+use crate::memory::{self, GuestMemory};
+use crate::x86_64::layout::PAGE_SIZE;
+
+const HEADER_SIZE: usize = 64;
+const PROGRAM_HEADER_SIZE: usize = 56;
+/// More than any kernel has.
+const MAX_PROGRAM_HEADERS: usize = 64;
+/// Kernel notes take a few hundred bytes.
+const MAX_NOTES: u64 = 64 << 10;
+const CLASS_64: u8 = 2;
+const LITTLE_ENDIAN: u8 = 1;
+const MACHINE_X86_64: u16 = 62;
+const PT_LOAD: u32 = 1;
+const PT_NOTE: u32 = 4;
+/// `XEN_ELFNOTE_PHYS32_ENTRY`: the PVH entry point.
+const NOTE_PHYS32_ENTRY: u32 = 18;
+
+#[derive(Clone, Copy)]
+struct Segment {
+    kind: u32,
+    offset: u64,
+    address: u64,
+    file_size: u64,
+    memory_size: u64,
+}
+
+/// Loads an ELF kernel whose first bytes are `head`.
+pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<LoadedKernel, KernelError> {
+    let (entry, segments) = parse(image, head)?;
+    let loaded = check_layout(memory, image, &segments)?;
+    for segment in segments.iter().filter(|s| s.kind == PT_LOAD) {
+        place(memory, image, segment)?;
+    }
+    let pvh = segments.iter().filter(|s| s.kind == PT_NOTE).find_map(|s| pvh_entry(image, s).transpose());
+    let entry = match pvh.transpose()? {
+        Some(address) => Entry::Pvh(GuestAddress(address.into())),
+        None => Entry::Linux64(GuestAddress(entry)),
+    };
+    // The kernel maps its initrd below 4 GiB; 2 GiB is what its oldest boot protocol allows.
+    Ok(LoadedKernel { entry, end: loaded, initrd_max: 0x7fff_ffff, setup_header: None })
+}
+
+fn parse(image: &Image, head: &[u8]) -> Result<(u64, Vec<Segment>), KernelError> {
+    let damaged = |what| KernelError::Damaged { path: image.path().to_owned(), what };
+    let unsuitable = |what| KernelError::Unsuitable { path: image.path().to_owned(), what };
+    let header: &[u8; HEADER_SIZE] = head.first_chunk().ok_or_else(|| damaged("its ELF header is cut short"))?;
+    let half = |offset| field(header, offset).map_or(0, u16::from_le_bytes);
+    let long = |offset| field(header, offset).map_or(0, u64::from_le_bytes);
+    if header[4] != CLASS_64 || header[5] != LITTLE_ENDIAN || half(18) != MACHINE_X86_64 {
+        return Err(unsuitable("it is not a 64-bit x86 kernel"));
+    }
+    let (table, size, count) = (long(32), usize::from(half(54)), usize::from(half(56)));
+    if size != PROGRAM_HEADER_SIZE || count == 0 || count > MAX_PROGRAM_HEADERS {
+        return Err(damaged("its program headers are missing or have an unknown size"));
+    }
+    let headers = image.read("program headers", table, size * count)?;
+    Ok((long(24), headers.chunks_exact(size).map(segment).collect()))
+}
+
+fn segment(header: &[u8]) -> Segment {
+    let long = |offset| field(header, offset).map_or(0, u64::from_le_bytes);
+    Segment {
+        kind: field(header, 0).map_or(0, u32::from_le_bytes),
+        offset: long(8),
+        address: long(24),
+        file_size: long(32),
+        memory_size: long(40),
+    }
+}
+
+/// Checks all segments before the first is placed; gives the end of the last.
+fn check_layout(memory: &GuestMemory, image: &Image, segments: &[Segment]) -> Result<u64, KernelError> {
+    let damaged = |what| KernelError::Damaged { path: image.path().to_owned(), what };
+    let mut ranges = Vec::new();
+    for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
+        if segment.file_size > segment.memory_size {
+            return Err(damaged("a segment is larger in the file than in memory"));
+        }
+        image.check_range("segments", segment.offset, segment.file_size)?;
+        let end = segment.address.checked_add(segment.memory_size);
+        ranges.push((segment.address, check_room(memory, image, segment.address, end)?));
+    }
+    ranges.sort_unstable();
+    if ranges.windows(2).any(|pair| pair[0].1 > pair[1].0) {
+        return Err(damaged("its segments overlap"));
+    }
+    Ok(ranges.last().ok_or_else(|| damaged("it has no loadable segment"))?.1)
+}
+
+fn place(memory: &GuestMemory, image: &Image, segment: &Segment) -> Result<(), KernelError> {
+    let Segment { offset, address, file_size, .. } = *segment;
+    let copy = |from: u64, to: u64| {
+        let place = (memory, GuestAddress(address + from));
+        image.read_to_guest("segments", offset + from, to - from, place)
+    };
+    // Where file and memory pages coincide, the whole pages of the middle are mapped. The sums were checked.
+    let first = address.next_multiple_of(PAGE_SIZE) - address;
+    let last = ((address + file_size) / PAGE_SIZE * PAGE_SIZE).saturating_sub(address);
+    if offset % PAGE_SIZE != address % PAGE_SIZE || first >= last {
+        return Ok(if file_size > 0 { copy(0, file_size)? });
+    }
+    if first > 0 {
+        copy(0, first)?;
+    }
+    let start = GuestAddress(address + first);
+    memory::map_private_file(memory, start, image.file(), offset + first, last - first)
+        .map_err(|source| KernelError::Map { path: image.path().to_owned(), source })?;
+    if last < file_size {
+        copy(last, file_size)?;
+    }
+    Ok(())
+}
+
+/// The PVH entry point among the notes of a segment.
+fn pvh_entry(image: &Image, segment: &Segment) -> Result<Option<u32>, KernelError> {
+    let length = usize::try_from(segment.file_size.min(MAX_NOTES)).expect("at most MAX_NOTES");
+    let notes = image.read("notes", segment.offset, length)?;
+    let mut rest = &notes[..];
+    while let (Some(name_size), Some(data_size), Some(kind)) = (word(rest, 0), word(rest, 4), word(rest, 8)) {
+        let Some(data) = padded(name_size).and_then(|size| size.checked_add(12)) else { break };
+        let Some(next) = padded(data_size).and_then(|size| size.checked_add(data)) else { break };
+        if kind == NOTE_PHYS32_ENTRY && rest.get(12..16) == Some(b"Xen\0") {
+            return Ok(word(rest, data));
+        }
+        rest = rest.get(next..).unwrap_or_default();
+    }
+    Ok(None)
+}
+
+fn word(bytes: &[u8], offset: usize) -> Option<u32> {
+    field(bytes, offset).map(u32::from_le_bytes)
+}
+
+/// Names and data of notes are padded to 4 bytes.
+fn padded(size: u32) -> Option<usize> {
+    usize::try_from(size).ok()?.checked_next_multiple_of(4)
+}

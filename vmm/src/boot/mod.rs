@@ -1,0 +1,145 @@
+//! From a config to vCPUs that are about to run a kernel: images, command line, tables, entry state. Called by
+//! `Vm::build` on the control thread.
+
+pub mod acpi;
+mod bzimage;
+pub mod cmdline;
+mod elf;
+pub mod image;
+pub mod initrd;
+pub mod kernel;
+mod params;
+
+use kvm_ioctls::{Kvm, VcpuFd};
+use vm_memory::GuestMemoryError;
+
+use self::acpi::{AcpiError, AcpiMachine};
+use self::cmdline::{CommandLine, CommandLineError};
+use self::image::{Image, ImageError, ImageKind};
+use self::initrd::InitrdError;
+use self::kernel::{Entry, KernelError};
+use crate::config::{MachineConfig, VmConfig};
+use crate::kvm::{self, ImmediateExit, KvmError};
+use crate::memory::GuestMemory;
+use crate::x86_64::cpuid::{self, Topology};
+use crate::x86_64::{VcpuStateError, layout, msrs, registers};
+
+/// A machine cannot be made ready to boot.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The command line.
+    #[error(transparent)]
+    CommandLine(#[from] CommandLineError),
+    /// A file to be booted.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The initrd.
+    #[error(transparent)]
+    Initrd(#[from] InitrdError),
+    /// The tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// Guest memory is too small for the boot structures.
+    #[error("cannot write the boot parameters into guest memory")]
+    Memory(#[from] GuestMemoryError),
+    /// The machine.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A vCPU's state.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+}
+
+/// What a boot needs to know of the machine.
+pub struct Plan<'a> {
+    /// The config.
+    pub config: &'a VmConfig,
+    /// The whole command line.
+    pub command_line: &'a CommandLine,
+    /// Whether there is a PCI bus.
+    pub pci: bool,
+    /// Register window and interrupt of each virtio-mmio device.
+    pub mmio_devices: &'a [(u64, u32)],
+}
+
+/// The user's command line, or the default.
+pub fn command_line(config: &VmConfig) -> Result<CommandLine, BootError> {
+    let text = config.boot_source.boot_args.as_deref().unwrap_or(cmdline::DEFAULT);
+    Ok(CommandLine::new(text)?)
+}
+
+/// Adds what the devices call for: the root device, and the places of virtio-mmio devices for kernels without ACPI.
+pub fn add_device_parameters(
+    line: &mut CommandLine,
+    config: &VmConfig,
+    mmio_devices: &[(u64, u32)],
+) -> Result<(), BootError> {
+    if let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) {
+        match &root.partuuid {
+            Some(uuid) => line.push(&format!("root=PARTUUID={uuid}"))?,
+            None => line.push("root=/dev/vda")?,
+        }
+        line.push(if root.read_only() { "ro" } else { "rw" })?;
+    }
+    for (base, gsi) in mmio_devices {
+        let size = layout::VIRTIO_MMIO_SIZE >> 10;
+        line.push(&format!("virtio_mmio.device={size}K@{base:#x}:{gsi}"))?;
+    }
+    Ok(())
+}
+
+/// Puts kernel, initrd, command line, tables and parameters into guest memory.
+pub fn load(memory: &GuestMemory, plan: &Plan<'_>) -> Result<Entry, BootError> {
+    let source = &plan.config.boot_source;
+    let image = Image::open(ImageKind::Kernel, source.kernel_image_path.as_ref())?;
+    let kernel = kernel::load(memory, &image)?;
+    let initrd = match &source.initrd_path {
+        Some(path) => {
+            let image = Image::open(ImageKind::Initrd, path.as_ref())?;
+            Some(initrd::load(memory, &image, &kernel)?)
+        }
+        None => None,
+    };
+    plan.command_line.write(memory)?;
+    let machine = AcpiMachine {
+        vcpus: plan.config.machine_config.vcpu_count,
+        pci: plan.pci,
+        mmio_devices: plan.mmio_devices,
+    };
+    let rsdp = acpi::build(memory, &machine)?;
+    match kernel.entry {
+        Entry::Pvh(_) => params::write_start_info(memory, initrd, rsdp)?,
+        Entry::Linux64(_) => params::write_zero_page(memory, kernel.setup_header.as_deref(), initrd, rsdp)?,
+    }
+    Ok(kernel.entry)
+}
+
+/// Makes the vCPUs; the first is about to enter the kernel, the others wait for it to start them.
+pub fn create_vcpus(
+    kvm: &Kvm,
+    vm: &kvm::Vm,
+    memory: &GuestMemory,
+    machine: &MachineConfig,
+    entry: Entry,
+) -> Result<Vec<(u8, VcpuFd, ImmediateExit)>, BootError> {
+    let supported = kvm::supported_cpuid(kvm)?;
+    let threads_per_core = if machine.smt && machine.vcpu_count > 1 { 2 } else { 1 };
+    let topology = Topology { vcpus: machine.vcpu_count, threads_per_core };
+    let deadline = vm.has_tsc_deadline();
+    let make = |id| {
+        let (vcpu, exit) = vm.create_vcpu(id)?;
+        // CPUID first: it decides which registers there are.
+        let cpuid = cpuid::build(&supported, id, topology, deadline);
+        vcpu.set_cpuid2(&cpuid).map_err(VcpuStateError::kvm("set the CPUID"))?;
+        msrs::set_boot_msrs(&vcpu)?;
+        registers::set_local_interrupts(&vcpu)?;
+        if id == 0 {
+            registers::set_entry_state(&vcpu, memory, entry)?;
+        }
+        Ok((id, vcpu, exit))
+    };
+    (0..machine.vcpu_count).map(make).collect()
+}

@@ -1,0 +1,280 @@
+//! The control thread's event loop: API requests, the guest's ways to end the machine, the console's input, signals,
+//! and the timer of the metrics. With nothing to do it sleeps without a time-out.
+
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::Duration;
+
+use api_server::Responder;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::api::{self, Action};
+use crate::controller::Controller;
+use crate::signals::Termination;
+use crate::terminal;
+use crate::vcpu::Ended;
+
+/// How often a metrics line is due.
+const METRICS_PERIOD: Duration = Duration::from_secs(60);
+
+/// An action on its way to the control thread, with the way back.
+pub struct Request {
+    /// What to do.
+    pub action: Action,
+    /// Whom to answer.
+    pub responder: Responder,
+    /// The answer carries `Deprecation: true`.
+    pub deprecated: bool,
+}
+
+/// The sending end of the control thread's inbox.
+pub struct Inbox {
+    requests: Sender<Request>,
+    wake: Arc<EventFd>,
+}
+
+impl Inbox {
+    /// Hands a request over. While the process ends nobody takes it; the client then gets a fault.
+    pub fn send(&self, request: Request) {
+        if self.requests.send(request).is_ok() {
+            // Only a full counter refuses, and then the control thread is awake already.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// How the process is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// With this exit code.
+    Code(u8),
+    /// By this signal.
+    Signal(i32),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+enum Source {
+    Requests,
+    Signal,
+    VcpuEnded,
+    Reset,
+    PowerOff,
+    Console,
+    ConsoleRoom,
+    Metrics,
+}
+
+const SOURCES: [Source; 8] = [
+    Source::Requests,
+    Source::Signal,
+    Source::VcpuEnded,
+    Source::Reset,
+    Source::PowerOff,
+    Source::Console,
+    Source::ConsoleRoom,
+    Source::Metrics,
+];
+
+/// The loop.
+pub struct ControlLoop {
+    epoll: Epoll,
+    controller: Controller,
+    requests: Receiver<Request>,
+    wake: Arc<EventFd>,
+    termination: Termination,
+    timer: TimerFd,
+    /// Set once the machine's descriptors are watched.
+    machine_watched: bool,
+    timer_armed: bool,
+    /// Input that the serial port had no room for.
+    unread: Vec<u8>,
+}
+
+impl ControlLoop {
+    /// A loop for `controller`, and the inbox that reaches it.
+    pub fn new(controller: Controller, termination: Termination) -> io::Result<(Self, Inbox)> {
+        let (sender, requests) = std::sync::mpsc::channel();
+        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let inbox = Inbox { requests: sender, wake: Arc::clone(&wake) };
+        let this = Self {
+            epoll: Epoll::new()?,
+            controller,
+            requests,
+            wake,
+            termination,
+            timer: TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?,
+            machine_watched: false,
+            timer_armed: false,
+            unread: Vec::new(),
+        };
+        this.watch(this.wake.as_raw_fd(), Source::Requests)?;
+        this.watch(this.termination.as_raw_fd(), Source::Signal)?;
+        this.watch(this.timer.as_raw_fd(), Source::Metrics)?;
+        Ok((this, inbox))
+    }
+
+    /// The controller, for what happens before the loop.
+    pub fn controller(&mut self) -> &mut Controller {
+        &mut self.controller
+    }
+
+    /// Works until the process is to end. What must happen in order at the end is done then.
+    pub fn run(&mut self) -> io::Result<Exit> {
+        let mut events = [EpollEvent::default(); 8];
+        loop {
+            self.follow_up()?;
+            let count = match self.epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => return Err(error),
+            };
+            for event in &events[..count] {
+                let source = SOURCES.into_iter().find(|source| *source as u64 == event.data());
+                if let Some(exit) = source.and_then(|source| self.on_event(source)) {
+                    self.finish();
+                    return Ok(exit);
+                }
+            }
+        }
+    }
+
+    fn on_event(&mut self, source: Source) -> Option<Exit> {
+        match source {
+            Source::Requests => self.serve_requests(),
+            Source::Signal => return self.termination.read().map(Exit::Signal),
+            Source::Reset | Source::PowerOff => {
+                log::info!("The guest has {}.", if source == Source::Reset { "reset" } else { "powered off" });
+                return Some(Exit::Code(0));
+            }
+            Source::VcpuEnded => {
+                let reason = self.controller.running().and_then(|vm| vm.ended());
+                let failed = reason != Some(Ended::Reset);
+                log::info!("The guest has stopped{}.", if failed { " because a vCPU failed" } else { "" });
+                return Some(Exit::Code(u8::from(failed)));
+            }
+            Source::Console => self.read_console(),
+            Source::ConsoleRoom => self.feed_console(),
+            Source::Metrics => {
+                let _ = self.timer.wait();
+                self.write_metrics();
+            }
+        }
+        None
+    }
+
+    fn serve_requests(&mut self) {
+        let _ = self.wake.read();
+        while let Ok(Request { action, responder, deprecated }) = self.requests.try_recv() {
+            let response = api::response(self.controller.handle(action));
+            log_response(&response);
+            responder.send(if deprecated { response.deprecated() } else { response });
+        }
+    }
+
+    /// Watches what became there: a machine, a path for metrics.
+    fn follow_up(&mut self) -> io::Result<()> {
+        if !self.timer_armed && self.controller.has_metrics() {
+            let failed = |e: vmm_sys_util::errno::Error| io::Error::from_raw_os_error(e.errno());
+            self.timer.reset(METRICS_PERIOD, Some(METRICS_PERIOD)).map_err(failed)?;
+            self.timer_armed = true;
+        }
+        if self.machine_watched {
+            return Ok(());
+        }
+        let Some(vm) = self.controller.running() else { return Ok(()) };
+        let events = vm.events();
+        let sources = [
+            (events.vcpu_ended, Source::VcpuEnded),
+            (events.reset, Source::Reset),
+            (events.power_off, Source::PowerOff),
+            (events.console_room, Source::ConsoleRoom),
+        ];
+        for (fd, source) in sources {
+            self.watch(fd, source)?;
+        }
+        self.machine_watched = true;
+        self.connect_console()
+    }
+
+    /// Connects standard input, when it is a terminal or pipe that this process may read.
+    fn connect_console(&mut self) -> io::Result<()> {
+        if !self.controller.running().is_some_and(|vm| vm.console_is_stdio()) {
+            return Ok(());
+        }
+        if terminal::is_ours() {
+            terminal::set_raw()?;
+        } else if io::IsTerminal::is_terminal(&io::stdin()) {
+            return Ok(());
+        }
+        // A regular file or /dev/null cannot be waited for, and holds nothing that somebody types.
+        let _ = self.watch(0, Source::Console);
+        Ok(())
+    }
+
+    fn read_console(&mut self) {
+        if !self.unread.is_empty() {
+            return;
+        }
+        let mut bytes = [0; 256];
+        match io::stdin().lock().read(&mut bytes) {
+            Ok(0) => self.unwatch_console(),
+            Ok(count) => {
+                self.unread.extend_from_slice(&bytes[..count]);
+                self.feed_console();
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => self.unwatch_console(),
+        }
+    }
+
+    /// Gives the serial port what it has room for; standard input rests until it has taken everything.
+    fn feed_console(&mut self) {
+        let had_rest = !self.unread.is_empty();
+        if let Some(vm) = self.controller.running() {
+            let taken = vm.console_input(&self.unread);
+            self.unread.drain(..taken);
+        }
+        let events = if self.unread.is_empty() { EventSet::IN } else { EventSet::empty() };
+        if had_rest {
+            // Fails only when standard input is not watched, and then there is nothing to let rest.
+            let event = EpollEvent::new(events, Source::Console as u64);
+            let _ = self.epoll.ctl(ControlOperation::Modify, 0, event);
+        }
+    }
+
+    fn unwatch_console(&self) {
+        let _ = self.epoll.ctl(ControlOperation::Delete, 0, EpollEvent::default());
+    }
+
+    fn watch(&self, fd: RawFd, source: Source) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, source as u64))
+    }
+
+    fn write_metrics(&mut self) {
+        if let Err(error) = self.controller.write_metrics() {
+            log::error!("Cannot write a line of metrics: {error}");
+        }
+    }
+
+    fn finish(&mut self) {
+        self.write_metrics();
+        terminal::restore();
+    }
+}
+
+/// Logs an answer as operators know it.
+pub fn log_response(response: &api_server::Response) {
+    match response.status() {
+        200 => log::info!("The request was executed successfully. Status code: 200 OK."),
+        204 => log::info!("The request was executed successfully. Status code: 204 No Content."),
+        status => {
+            let body = String::from_utf8_lossy(response.body().unwrap_or_default());
+            log::error!("Received Error. Status code: {status} Bad Request. Message: {body}");
+        }
+    }
+}

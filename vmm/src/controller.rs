@@ -1,0 +1,404 @@
+//! The control thread's decisions: every [`Action`] is carried out here, once.
+//!
+//! Before start there is only a config: a PUT checks it, opens what it names to see that it can be opened, and keeps
+//! plain data. `InstanceStart` makes a [`Vm`] of it, or leaves everything as it was.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::catalog::{BuildError, DeviceConfig};
+use devices::virtio::block;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::api::{Action, Reply};
+use crate::boot::image::{Image, ImageError, ImageKind};
+use crate::config::{ConfigError, LoggerConfig, MachineConfig, MetricsConfig, SerialConfig, VmConfig};
+use crate::device_set::DeviceSetError;
+use crate::logger::LOGGER;
+use crate::metrics::{MetricsSink, RequestMetrics, add_to_sum};
+use crate::vm::{Settings, Vm, VmError};
+
+/// The API level that Mayfly implements.
+pub const API_VERSION: &str = "1.16.1";
+
+/// Why an action was refused; nothing changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Only before start.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AfterStart,
+    /// Only after start.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    BeforeStart,
+    /// The values are out of range or contradict the rest of the config.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The kernel or the initrd cannot be used.
+    #[error("Boot source error")]
+    BootSource(#[source] ImageError),
+    /// What a device needs cannot be opened.
+    #[error("{section} config error")]
+    Device {
+        /// Which section of the API.
+        section: &'static str,
+        /// Why.
+        source: BuildError,
+    },
+    /// A live device refused a change, or there is no such device.
+    #[error("Drive config error: Unable to patch the block device")]
+    Patch(#[source] DeviceSetError),
+    /// A file for lines cannot be opened.
+    #[error("{section} error: cannot open '{path}' for writing", path = path.display())]
+    Sink {
+        /// Logger, Metrics or Serial.
+        section: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Metrics have a path already.
+    #[error("Metrics error: the metrics path is set already and stays until the process ends")]
+    MetricsTwice,
+    /// A metrics line could not be written.
+    #[error("Metrics error: cannot write a line")]
+    MetricsWrite(#[source] io::Error),
+    /// The machine could not be built or started.
+    #[error("Start microvm error")]
+    Start(#[source] VmError),
+    /// The running machine could not do it.
+    #[error("Internal VMM error")]
+    Vm(#[source] VmError),
+}
+
+enum State {
+    Configuring(Box<VmConfig>),
+    Running(Box<Vm>),
+}
+
+/// What the process was started with.
+#[derive(Debug, Clone)]
+pub struct Instance {
+    /// Its name.
+    pub id: String,
+    /// How machines are built.
+    pub settings: Settings,
+    /// `process_startup_time_us` and `process_startup_time_cpu_us` of the metrics.
+    pub startup_us: (u64, u64),
+}
+
+/// The state of the process, owned by the control thread.
+pub struct Controller {
+    instance: Instance,
+    state: State,
+    metrics: MetricsSink,
+    requests: Arc<RequestMetrics>,
+    latencies: Latencies,
+}
+
+/// How long the last pause and resume took, in microseconds.
+#[derive(Debug, Default, Serialize)]
+struct Latencies {
+    pause_vm: u64,
+    resume_vm: u64,
+    vmm_pause_vm: u64,
+    vmm_resume_vm: u64,
+}
+
+impl Controller {
+    /// A process without a machine yet.
+    pub fn new(instance: Instance, requests: Arc<RequestMetrics>) -> Self {
+        let state = State::Configuring(Box::default());
+        Self { instance, state, metrics: MetricsSink::default(), requests, latencies: Latencies::default() }
+    }
+
+    /// Carries an action out.
+    pub fn handle(&mut self, action: Action) -> Result<Reply, ControlError> {
+        match action {
+            Action::GetInstance => Ok(self.instance_info()),
+            Action::GetVersion => {
+                let version = env!("CARGO_PKG_VERSION");
+                Ok(reply(&json!({"firecracker_version": API_VERSION, "mayfly_version": version})))
+            }
+            Action::GetMachineConfig => Ok(reply(&self.any_config().machine_config)),
+            Action::GetVmConfig => Ok(reply(self.any_config())),
+            Action::PutMachineConfig(config) => self.set_machine(config),
+            Action::PatchMachineConfig(patch) => {
+                let config = self.config()?.machine_config.patched(&patch);
+                self.set_machine(config)
+            }
+            Action::PutBootSource(source) => {
+                let config = self.config()?;
+                check_image(ImageKind::Kernel, Some(&source.kernel_image_path))?;
+                check_image(ImageKind::Initrd, source.initrd_path.as_ref())?;
+                config.put_boot_source(source)?;
+                Ok(Reply::Done)
+            }
+            Action::PutDrive(drive) => self.put_drive(*drive),
+            Action::PutNet(net) => {
+                let mut config = self.config()?.clone();
+                config.put_net((*net).clone())?;
+                check_device("Network", &DeviceConfig::Net(*net))?;
+                *self.config()? = config;
+                Ok(Reply::Done)
+            }
+            Action::PutEntropy(entropy) => {
+                self.config()?;
+                check_device("Entropy", &DeviceConfig::Entropy(entropy.clone()))?;
+                self.config()?.entropy = Some(entropy);
+                Ok(Reply::Done)
+            }
+            Action::PutSerial(serial) => self.put_serial(serial),
+            Action::PutLogger(logger) => {
+                self.config()?;
+                configure_logger(&logger)?;
+                Ok(Reply::Done)
+            }
+            Action::PutMetrics(metrics) => {
+                self.config()?;
+                self.set_metrics(&metrics)?;
+                Ok(Reply::Done)
+            }
+            Action::PatchDrive { id, patch } => self.patch_drive(&id, patch),
+            Action::InstanceStart => self.start(),
+            Action::FlushMetrics => {
+                self.vm()?;
+                self.write_metrics().map_err(ControlError::MetricsWrite)?;
+                Ok(Reply::Done)
+            }
+            Action::SendCtrlAltDel => done(self.vm()?.send_ctrl_alt_del()),
+            Action::PowerButton => done(self.vm()?.press_power_button()),
+            Action::Pause => self.pause(),
+            Action::Resume => self.resume(),
+        }
+    }
+
+    /// Applies a config file wholly, and starts its machine.
+    pub fn start_from(&mut self, config: VmConfig) -> Result<(), ControlError> {
+        if let Some(logger) = &config.logger {
+            configure_logger(logger)?;
+        }
+        if let Some(metrics) = &config.metrics {
+            self.set_metrics(metrics)?;
+        }
+        let VmConfig { machine_config, boot_source, drives, network_interfaces, entropy, serial, .. } = config;
+        self.handle(Action::PutMachineConfig(machine_config))?;
+        self.handle(Action::PutBootSource(boot_source))?;
+        for drive in drives {
+            self.handle(Action::PutDrive(Box::new(drive)))?;
+        }
+        for net in network_interfaces {
+            self.handle(Action::PutNet(Box::new(net)))?;
+        }
+        if let Some(entropy) = entropy {
+            self.handle(Action::PutEntropy(entropy))?;
+        }
+        if let Some(serial) = serial {
+            self.handle(Action::PutSerial(serial))?;
+        }
+        self.handle(Action::InstanceStart)?;
+        Ok(())
+    }
+
+    /// Sets where metrics go; once.
+    pub fn set_metrics(&mut self, config: &MetricsConfig) -> Result<(), ControlError> {
+        if self.metrics.is_set() {
+            return Err(ControlError::MetricsTwice);
+        }
+        let path = &config.metrics_path;
+        let failed = |source| ControlError::Sink { section: "Metrics", path: path.clone(), source };
+        self.metrics.set_path(path).map_err(failed)
+    }
+
+    /// True once metrics have a path: then a line is due every minute.
+    pub fn has_metrics(&self) -> bool {
+        self.metrics.is_set()
+    }
+
+    /// Writes a metrics line, when there is a path.
+    pub fn write_metrics(&mut self) -> io::Result<()> {
+        if !self.metrics.is_set() {
+            return Ok(());
+        }
+        let line = self.collect_metrics();
+        self.metrics.write(line)
+    }
+
+    /// The running machine.
+    pub fn running(&mut self) -> Option<&mut Vm> {
+        match &mut self.state {
+            State::Running(vm) => Some(vm),
+            State::Configuring(_) => None,
+        }
+    }
+
+    fn config(&mut self) -> Result<&mut VmConfig, ControlError> {
+        match &mut self.state {
+            State::Configuring(config) => Ok(config),
+            State::Running(_) => Err(ControlError::AfterStart),
+        }
+    }
+
+    fn vm(&mut self) -> Result<&mut Vm, ControlError> {
+        self.running().ok_or(ControlError::BeforeStart)
+    }
+
+    fn any_config(&self) -> &VmConfig {
+        match &self.state {
+            State::Configuring(config) => config,
+            State::Running(vm) => vm.config(),
+        }
+    }
+
+    fn instance_info(&self) -> Reply {
+        let state = match &self.state {
+            State::Configuring(_) => "Not started",
+            State::Running(vm) if vm.is_paused() => "Paused",
+            State::Running(_) => "Running",
+        };
+        #[derive(Serialize)]
+        struct Info<'a> {
+            id: &'a str,
+            state: &'a str,
+            vmm_version: &'a str,
+            app_name: &'a str,
+        }
+        reply(&Info { id: &self.instance.id, state, vmm_version: API_VERSION, app_name: "Mayfly" })
+    }
+
+    fn set_machine(&mut self, config: MachineConfig) -> Result<Reply, ControlError> {
+        self.config()?.machine_config = config.validated()?;
+        Ok(Reply::Done)
+    }
+
+    fn put_drive(&mut self, drive: block::Config) -> Result<Reply, ControlError> {
+        let mut config = self.config()?.clone();
+        config.put_drive(drive.clone())?;
+        check_device("Drive", &DeviceConfig::Block(drive))?;
+        *self.config()? = config;
+        Ok(Reply::Done)
+    }
+
+    fn put_serial(&mut self, serial: SerialConfig) -> Result<Reply, ControlError> {
+        let config = self.config()?;
+        if let Some(path) = &serial.serial_out_path {
+            let failed = |source| ControlError::Sink { section: "Serial", path: path.clone(), source };
+            crate::logger::open_sink(path).map_err(failed)?;
+        }
+        config.serial = Some(serial);
+        Ok(Reply::Done)
+    }
+
+    fn patch_drive(&mut self, id: &str, patch: Value) -> Result<Reply, ControlError> {
+        self.vm()?.patch_drive(id, patch).map_err(ControlError::Patch)?;
+        Ok(Reply::Done)
+    }
+
+    fn start(&mut self) -> Result<Reply, ControlError> {
+        let config = self.config()?.clone();
+        let mut vm = Vm::build(config, &self.instance.settings).map_err(ControlError::Start)?;
+        vm.resume().map_err(ControlError::Start)?;
+        self.state = State::Running(Box::new(vm));
+        log::info!("The microVM is running.");
+        Ok(Reply::Done)
+    }
+
+    fn pause(&mut self) -> Result<Reply, ControlError> {
+        let start = Instant::now();
+        self.vm()?.pause().map_err(ControlError::Vm)?;
+        self.latencies.pause_vm = micros(start);
+        self.latencies.vmm_pause_vm = self.latencies.pause_vm;
+        Ok(Reply::Done)
+    }
+
+    fn resume(&mut self) -> Result<Reply, ControlError> {
+        let start = Instant::now();
+        self.vm()?.resume().map_err(ControlError::Vm)?;
+        self.latencies.resume_vm = micros(start);
+        self.latencies.vmm_resume_vm = self.latencies.resume_vm;
+        Ok(Reply::Done)
+    }
+
+    /// All counters of the process as one object.
+    fn collect_metrics(&self) -> Value {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let (startup, startup_cpu) = self.instance.startup_us;
+        let mut line = Map::new();
+        line.insert("utc_timestamp_ms".into(), u64::try_from(now.as_millis()).unwrap_or(0).into());
+        let api = json!({"process_startup_time_us": startup, "process_startup_time_cpu_us": startup_cpu});
+        line.insert("api_server".into(), api);
+        line.insert("latencies_us".into(), serde_json::to_value(&self.latencies).expect("numbers"));
+        line.insert(
+            "logger".into(),
+            json!({"missed_log_count": LOGGER.missed(), "missed_metrics_count": self.metrics.missed}),
+        );
+        line.insert("signals".into(), json!({"sigpipe": crate::signals::broken_pipes()}));
+        add_to_sum(&mut line, &self.requests.to_json());
+        if let State::Running(vm) = &self.state {
+            vm.collect_metrics(&mut line);
+        }
+        Value::Object(line)
+    }
+}
+
+fn done(result: Result<(), VmError>) -> Result<Reply, ControlError> {
+    result.map(|()| Reply::Done).map_err(ControlError::Vm)
+}
+
+fn reply(body: &impl Serialize) -> Reply {
+    Reply::Json(serde_json::to_string(body).expect("configs are plain data"))
+}
+
+fn micros(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Applies logger settings.
+pub fn configure_logger(config: &LoggerConfig) -> Result<(), ControlError> {
+    let path = config.log_path.clone().unwrap_or_default();
+    LOGGER.configure(config).map_err(|source| ControlError::Sink { section: "Logger", path, source })
+}
+
+fn check_image(kind: ImageKind, path: Option<&String>) -> Result<(), ControlError> {
+    if let Some(path) = path {
+        Image::open(kind, path.as_ref()).map_err(ControlError::BootSource)?;
+    }
+    Ok(())
+}
+
+/// Opens what the device needs and lets go of it again.
+fn check_device(section: &'static str, config: &DeviceConfig) -> Result<(), ControlError> {
+    config.build().map(drop).map_err(|source| ControlError::Device { section, source })
+}
+
+/// Reads a config file.
+pub fn read_config_file(path: &std::path::Path) -> Result<VmConfig, ConfigFileError> {
+    let name = || path.display().to_string();
+    let file = std::fs::File::open(path).map_err(|source| ConfigFileError::Open { path: name(), source })?;
+    let text = io::read_to_string(file).map_err(|source| ConfigFileError::Open { path: name(), source })?;
+    serde_json::from_str(&text).map_err(|source| ConfigFileError::Json { path: name(), source })
+}
+
+/// Why a config file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigFileError {
+    /// It cannot be read.
+    #[error("cannot read the config file '{path}'")]
+    Open {
+        /// The file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not a config.
+    #[error("the config file '{path}' is not a machine's config")]
+    Json {
+        /// The file.
+        path: String,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+}

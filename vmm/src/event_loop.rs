@@ -1,0 +1,175 @@
+//! The io loops: threads that own running devices ([`Lane`]) and feed them readiness events.
+//!
+//! Everything is edge-triggered, so a queue notification costs one `epoll_wait` and no read. The control thread and
+//! the vCPU threads reach a loop by messages that carry their own reply; an idle loop sleeps without a time-out.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::thread;
+
+use devices::virtio::{Job, Lane, LaneHost, LaneId, Watch};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+/// The lane id that no lane has: its events are messages.
+const MESSAGES: LaneId = LaneId::MAX;
+/// Events taken per `epoll_wait`.
+const BATCH: usize = 32;
+
+enum Message {
+    Attach(Box<Lane>, SyncSender<LaneId>),
+    Detach(LaneId, SyncSender<Box<Lane>>),
+    Run(LaneId, Job),
+}
+
+/// A running io loop, as slots see it.
+pub struct IoLoop {
+    messages: Sender<Message>,
+    wake: EventFd,
+}
+
+impl IoLoop {
+    /// Starts a loop on a thread called `name`. The thread lives as long as the process.
+    pub fn spawn(name: &str) -> io::Result<Self> {
+        let (messages, inbox) = mpsc::channel();
+        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let epoll = Epoll::new()?;
+        watch(&epoll, wake.as_raw_fd(), MESSAGES, 0)?;
+        let mut worker = Worker { epoll, inbox, lanes: BTreeMap::new(), next: 0 };
+        thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(move || worker.work())?;
+        Ok(Self { messages, wake })
+    }
+
+    fn send(&self, message: Message) {
+        self.messages.send(message).expect("an io loop never ends");
+        // Only a full counter refuses, and then the loop is awake already.
+        let _ = self.wake.write(1);
+    }
+}
+
+impl LaneHost for IoLoop {
+    fn attach(&self, lane: Box<Lane>) -> LaneId {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Message::Attach(lane, reply));
+        answer.recv().expect("an io loop answers every message")
+    }
+
+    fn detach(&self, id: LaneId) -> Box<Lane> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Message::Detach(id, reply));
+        answer.recv().expect("an io loop answers every message")
+    }
+
+    fn run(&self, id: LaneId, job: Job) {
+        self.send(Message::Run(id, job));
+    }
+}
+
+struct Running {
+    lane: Box<Lane>,
+    /// What the loop watches for the lane, to be forgotten with it.
+    fds: Vec<RawFd>,
+}
+
+struct Worker {
+    epoll: Epoll,
+    inbox: Receiver<Message>,
+    lanes: BTreeMap<LaneId, Running>,
+    next: LaneId,
+}
+
+impl Worker {
+    fn work(&mut self) {
+        let mut events = [EpollEvent::default(); BATCH];
+        loop {
+            let count = match self.epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    // Nothing the guest does leads here: the descriptor is ours and the buffer is valid.
+                    log::error!("an io loop cannot wait for events: {error}");
+                    std::process::abort();
+                }
+            };
+            for event in &events[..count] {
+                let (id, token) = split(event.data());
+                if id == MESSAGES {
+                    self.read_messages();
+                } else if let Some(Running { lane, fds }) = self.lanes.get_mut(&id) {
+                    // A lane that was detached earlier in this batch is no longer there.
+                    lane.on_event(token, &LaneWatch { epoll: &self.epoll, id, fds: fds.into() });
+                }
+            }
+        }
+    }
+
+    fn read_messages(&mut self) {
+        while let Ok(message) = self.inbox.try_recv() {
+            // Whoever sent a message waits for its reply, so none of these sends fails.
+            match message {
+                Message::Attach(lane, reply) => {
+                    let _ = reply.send(self.attach(lane));
+                }
+                Message::Detach(id, reply) => {
+                    let _ = reply.send(self.detach(id));
+                }
+                Message::Run(id, job) => {
+                    let Running { lane, fds } = self.lanes.get_mut(&id).expect("a slot names its own lane");
+                    job(lane, &LaneWatch { epoll: &self.epoll, id, fds: fds.into() });
+                }
+            }
+        }
+    }
+
+    fn attach(&mut self, mut lane: Box<Lane>) -> LaneId {
+        let id = self.next;
+        // Ids are never used twice, so that an event of a former lane cannot reach a later one.
+        self.next = self.next.checked_add(1).filter(|next| *next != MESSAGES).expect("fewer than 2^32 activations");
+        let mut fds = Vec::new();
+        lane.start(&LaneWatch { epoll: &self.epoll, id, fds: (&mut fds).into() });
+        self.lanes.insert(id, Running { lane, fds });
+        id
+    }
+
+    fn detach(&mut self, id: LaneId) -> Box<Lane> {
+        let Running { lane, fds } = self.lanes.remove(&id).expect("a slot names its own lane");
+        for fd in fds {
+            // A descriptor that the device has closed is gone from the set already.
+            let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        }
+        lane
+    }
+}
+
+/// Registers descriptors for one lane.
+struct LaneWatch<'a> {
+    epoll: &'a Epoll,
+    id: LaneId,
+    fds: RefCell<&'a mut Vec<RawFd>>,
+}
+
+impl Watch for LaneWatch<'_> {
+    fn add(&self, fd: RawFd, token: u32) -> io::Result<()> {
+        watch(self.epoll, fd, self.id, token)?;
+        self.fds.borrow_mut().push(fd);
+        Ok(())
+    }
+
+    fn remove(&self, fd: RawFd) -> io::Result<()> {
+        self.fds.borrow_mut().retain(|watched| *watched != fd);
+        self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())
+    }
+}
+
+fn watch(epoll: &Epoll, fd: RawFd, id: LaneId, token: u32) -> io::Result<()> {
+    let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, u64::from(id) << 32 | u64::from(token)))
+}
+
+fn split(data: u64) -> (LaneId, u32) {
+    let [t0, t1, t2, t3, l0, l1, l2, l3] = data.to_le_bytes();
+    (u32::from_le_bytes([l0, l1, l2, l3]), u32::from_le_bytes([t0, t1, t2, t3]))
+}

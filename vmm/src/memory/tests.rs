@@ -1,0 +1,118 @@
+use std::io::Write;
+
+use vm_memory::Bytes;
+use vmm_sys_util::tempfile::TempFile;
+
+use super::*;
+
+const PAGE: u64 = layout::PAGE_SIZE;
+
+fn file_of(bytes: &[u8]) -> File {
+    let mut file = TempFile::new().unwrap().into_file();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+#[test]
+fn small_ram_is_one_zeroed_region() {
+    let memory = create(16).unwrap();
+
+    assert_eq!(memory.num_regions(), 1);
+    assert_eq!(memory.last_addr(), GuestAddress(16 * MIB - 1));
+    assert_eq!(memory.read_obj::<u64>(GuestAddress(16 * MIB - 8)).unwrap(), 0);
+}
+
+#[test]
+fn large_ram_leaves_the_hole_free() {
+    let memory = create(5 * 1024).unwrap();
+
+    assert_eq!(memory.last_addr(), GuestAddress(6 * 1024 * MIB - 1));
+    assert!(!memory.address_in_range(GuestAddress(layout::HOLE.start)));
+    assert!(memory.address_in_range(GuestAddress(layout::HOLE.end)));
+}
+
+#[test]
+fn regions_start_where_huge_pages_start() {
+    let memory = create(4 * 1024 + 1).unwrap();
+
+    assert!(memory.iter().all(|region| region.as_ptr().addr() % HUGE_PAGE == 0));
+}
+
+#[test]
+fn a_tebibyte_can_be_had_without_touching_it() {
+    let memory = create(1 << 20).unwrap();
+
+    memory.write_obj(1u8, GuestAddress(1 << 39)).unwrap();
+}
+
+#[test]
+fn dropped_ram_is_unmapped() {
+    let start = {
+        let memory = create(64).unwrap();
+        memory.get_host_address(GuestAddress(0)).unwrap().addr()
+    };
+
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let of_that_size = format!("{start:08x}-{:08x} ", start + 64 * (1 << 20));
+    assert!(!maps.contains(&of_that_size));
+}
+
+#[test]
+fn refuses_no_ram() {
+    assert!(matches!(create(0), Err(MemoryError::Zero)));
+}
+
+#[test]
+fn refuses_more_ram_than_the_cpu_addresses_and_names_the_limit() {
+    let message = create(u64::MAX).unwrap_err().to_string();
+
+    assert!(message.starts_with("18446744073709551615 MiB of RAM are more than"), "{message}");
+}
+
+#[test]
+fn a_mapped_file_is_seen_by_the_guest_and_not_changed_by_it() {
+    let memory = create(16).unwrap();
+    let file = file_of(&[7; 3 * PAGE as usize]);
+
+    map_private_file(&memory, GuestAddress(PAGE), &file, PAGE, 2 * PAGE).unwrap();
+    memory.write_obj(9u8, GuestAddress(PAGE)).unwrap();
+
+    let mut bytes = [0; 3];
+    memory.read_slice(&mut bytes, GuestAddress(3 * PAGE - 2)).unwrap();
+    assert_eq!(bytes, [7, 7, 0]);
+    let mut on_disk = [0];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut on_disk, PAGE).unwrap();
+    assert_eq!(on_disk, [7]);
+}
+
+#[test]
+fn refuses_a_file_mapping_past_the_end_of_the_file() {
+    let memory = create(16).unwrap();
+    let file = file_of(&[7; PAGE as usize + 1]);
+
+    let result = map_private_file(&memory, GuestAddress(0), &file, 0, 2 * PAGE);
+
+    assert!(matches!(result, Err(MemoryError::PastEndOfFile { file_size: 4097, end: 8192 })));
+}
+
+#[test]
+fn refuses_a_file_mapping_that_is_not_made_of_pages() {
+    let memory = create(16).unwrap();
+    let file = file_of(&[7; 2 * PAGE as usize]);
+
+    assert!(map_private_file(&memory, GuestAddress(1), &file, 0, PAGE).is_err());
+    assert!(map_private_file(&memory, GuestAddress(0), &file, 1, PAGE).is_err());
+    assert!(map_private_file(&memory, GuestAddress(0), &file, 0, PAGE - 1).is_err());
+    assert!(map_private_file(&memory, GuestAddress(0), &file, 0, 0).is_err());
+}
+
+#[test]
+fn refuses_a_file_mapping_that_leaves_ram() {
+    let memory = create(16).unwrap();
+    let file = file_of(&[7; 2 * PAGE as usize]);
+    let last_page = GuestAddress(16 * MIB - PAGE);
+
+    let result = map_private_file(&memory, last_page, &file, 0, 2 * PAGE);
+
+    assert!(matches!(result, Err(MemoryError::Range { .. })));
+}

@@ -1,0 +1,246 @@
+//! The machine: built by one function, then run, paused and resumed by the control thread.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::SharedMemory;
+use devices::bus::{Bus, BusError};
+use devices::catalog::DeviceConfig;
+use devices::legacy::i8042::CtrlAltDelError;
+use serde_json::{Map, Value};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::{self, BootError};
+use crate::config::VmConfig;
+use crate::device_set::{DeviceSet, DeviceSetError, Platform};
+use crate::event_loop::IoLoop;
+use crate::kvm::{self, KvmError};
+use crate::legacy::{Legacy, LegacyError};
+use crate::memory::{self, MemoryError};
+use crate::metrics::VcpuMetrics;
+use crate::vcpu::{Ended, VcpuHandle, VcpuShared};
+
+/// Why a machine cannot be built, or cannot do what it is asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// Nothing to boot.
+    #[error("there is no kernel: set one with PUT /boot-source")]
+    NoKernel,
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initrd, command line, tables, vCPU state.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Legacy devices.
+    #[error(transparent)]
+    Legacy(#[from] LegacyError),
+    /// Virtio devices.
+    #[error(transparent)]
+    Devices(#[from] DeviceSetError),
+    /// An address map.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The host refused a thread or a descriptor.
+    #[error("cannot {op}")]
+    Host {
+        /// What was tried.
+        op: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The keyboard.
+    #[error(transparent)]
+    CtrlAltDel(#[from] CtrlAltDelError),
+}
+
+/// How machines are built, beyond their config.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// Virtio over PCI; else over MMIO. A guest that is told `pci=off` gets MMIO in any case.
+    pub pci: bool,
+    /// Log the guest's boot time, counted from this moment of the monotonic clock in microseconds.
+    pub boot_timer: Option<u64>,
+}
+
+/// Descriptors that the control thread waits for.
+pub struct Events {
+    /// A vCPU has ended the machine.
+    pub vcpu_ended: RawFd,
+    /// The guest has reset the machine.
+    pub reset: RawFd,
+    /// The guest has powered the machine off.
+    pub power_off: RawFd,
+    /// The serial port can take input again.
+    pub console_room: RawFd,
+}
+
+/// What is remembered while the machine is paused, so that the guest's clocks stand still.
+struct Pause {
+    kvmclock: u64,
+    host_tsc: u64,
+}
+
+/// A machine. Fields are dropped in order: vCPUs first, guest memory last.
+pub struct Vm {
+    vcpus: Vec<VcpuHandle>,
+    shared: Arc<VcpuShared>,
+    devices: DeviceSet,
+    legacy: Legacy,
+    kvm: Arc<kvm::Vm>,
+    pause: Option<Pause>,
+    config: VmConfig,
+    _memory: SharedMemory,
+}
+
+impl Vm {
+    /// Builds the machine that `config` describes; its vCPUs wait for the first [`Vm::resume`]. When it fails,
+    /// nothing is left of it.
+    pub fn build(config: VmConfig, settings: &Settings) -> Result<Self, VmError> {
+        if config.boot_source.kernel_image_path.is_empty() {
+            return Err(VmError::NoKernel);
+        }
+        let kvm = kvm::open()?;
+        let machine = &config.machine_config;
+        let ram = memory::create(machine.mem_size_mib as u64)?;
+        let vm = Arc::new(kvm::Vm::new(&kvm, &ram)?);
+        let memory = SharedMemory::new(ram);
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let legacy = Legacy::new(&vm, &pio, config.serial.as_ref())?;
+        let mut command_line = boot::command_line(&config)?;
+        let pci = settings.pci && !command_line.contains("pci=off");
+
+        let io_loop = IoLoop::spawn("io 0").map_err(|source| VmError::Host { op: "start an io loop", source })?;
+        let platform =
+            Platform { vm: Arc::clone(&vm), mmio: Arc::clone(&mmio), memory: memory.clone(), host: Arc::new(io_loop) };
+        let mut devices = DeviceSet::new(platform, &pio, pci)?;
+        for device in device_configs(&config) {
+            devices.attach(device)?;
+        }
+        boot::add_device_parameters(&mut command_line, &config, devices.mmio_places())?;
+        if let Some(start) = settings.boot_timer {
+            crate::boot_timer::insert(&mmio, start)?;
+        }
+
+        let plan = boot::Plan { config: &config, command_line: &command_line, pci, mmio_devices: devices.mmio_places() };
+        let entry = boot::load(&memory.memory(), &plan)?;
+        let ended = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let ended = ended.map_err(|source| VmError::Host { op: "make an event descriptor", source })?;
+        let metrics = Arc::new(VcpuMetrics::default());
+        let shared = Arc::new(VcpuShared { pio, mmio, metrics, ended, reason: Mutex::default() });
+        let vcpus = boot::create_vcpus(&kvm, &vm, &memory.memory(), &config.machine_config, entry)?
+            .into_iter()
+            .map(|(id, fd, exit)| VcpuHandle::spawn(id, fd, exit, Arc::clone(&shared)))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(|source| VmError::Host { op: "start a vCPU's thread", source })?;
+        let pause = Some(Pause { kvmclock: vm.clock()?, host_tsc: host_tsc() });
+        Ok(Self { vcpus, shared, devices, legacy, kvm: vm, pause, config, _memory: memory })
+    }
+
+    /// What the machine was built from, with the changes since.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Whether the guest stands still.
+    pub fn is_paused(&self) -> bool {
+        self.pause.is_some()
+    }
+
+    /// Stops the guest: first its vCPUs, then its devices when they have finished what is in flight.
+    pub fn pause(&mut self) -> Result<(), VmError> {
+        if self.is_paused() {
+            return Ok(());
+        }
+        self.vcpus.iter().for_each(VcpuHandle::pause);
+        self.vcpus.iter().for_each(VcpuHandle::wait_parked);
+        self.pause = Some(Pause { kvmclock: self.kvm.clock()?, host_tsc: host_tsc() });
+        self.devices.pause();
+        log::info!("The microVM is paused.");
+        Ok(())
+    }
+
+    /// Lets the guest go on, with its clocks as they were.
+    pub fn resume(&mut self) -> Result<(), VmError> {
+        let Some(pause) = &self.pause else { return Ok(()) };
+        self.kvm.set_clock(pause.kvmclock)?;
+        let hidden_ticks = host_tsc().wrapping_sub(pause.host_tsc);
+        self.devices.resume();
+        self.vcpus.iter().for_each(|vcpu| vcpu.resume(hidden_ticks));
+        self.pause = None;
+        log::info!("The microVM is resumed.");
+        Ok(())
+    }
+
+    /// Changes a drive while the guest uses it.
+    pub fn patch_drive(&mut self, id: &str, patch: Value) -> Result<(), DeviceSetError> {
+        let drive = self.config.drives.iter_mut().find(|drive| drive.drive_id == id);
+        let drive = drive.ok_or_else(|| DeviceSetError::NotFound(id.into()))?;
+        let path = patch["path_on_host"].as_str().map(str::to_owned);
+        self.devices.update(id, patch)?;
+        if let Some(path) = path {
+            drive.path_on_host = Some(path.into());
+        }
+        Ok(())
+    }
+
+    /// Presses Ctrl-Alt-Del on the guest's keyboard.
+    pub fn send_ctrl_alt_del(&mut self) -> Result<(), VmError> {
+        Ok(self.legacy.ctrl_alt_del()?)
+    }
+
+    /// Presses the guest's power button.
+    pub fn press_power_button(&mut self) -> Result<(), VmError> {
+        self.legacy.power_button().map_err(|source| VmError::Host { op: "press the power button", source })
+    }
+
+    /// Gives input to the guest's console; returns how many bytes it took.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.legacy.console_input(bytes)
+    }
+
+    /// Whether the console is this process's standard input and output.
+    pub fn console_is_stdio(&self) -> bool {
+        self.legacy.console_is_stdio()
+    }
+
+    /// Descriptors to wait for.
+    pub fn events(&self) -> Events {
+        Events {
+            vcpu_ended: self.shared.ended.as_raw_fd(),
+            reset: self.legacy.reset_event(),
+            power_off: self.legacy.power_off_event(),
+            console_room: self.legacy.console_room_event(),
+        }
+    }
+
+    /// Why a vCPU has ended the machine.
+    pub fn ended(&self) -> Option<Ended> {
+        *self.shared.reason.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds the machine's counters to a metrics line.
+    pub fn collect_metrics(&self, line: &mut Map<String, Value>) {
+        line.insert("vcpu".into(), self.shared.metrics.to_json());
+        self.legacy.collect_metrics(line);
+        self.devices.collect_metrics(line);
+    }
+}
+
+/// The virtio devices of a config, in the order in which the guest finds them.
+fn device_configs(config: &VmConfig) -> impl Iterator<Item = DeviceConfig> {
+    let drives = config.drives.iter().cloned().map(DeviceConfig::Block);
+    let nets = config.network_interfaces.iter().cloned().map(DeviceConfig::Net);
+    drives.chain(nets).chain(config.entropy.clone().map(DeviceConfig::Entropy))
+}
+
+/// The host's time stamp counter.
+fn host_tsc() -> u64 {
+    // SAFETY: needed because the instruction is only offered as an intrinsic; every x86_64 CPU has it.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
