@@ -121,8 +121,16 @@ enum VmState {
 }
 
 /// Resources that Firecracker's API has and this version does not.
-const UNSUPPORTED: [&str; 8] =
-    ["balloon", "cpu-config", "hotplug", "mmds", "pmem", "snapshot", "vsock", "network-interfaces"];
+const UNSUPPORTED: [&str; 8] = [
+    "balloon",
+    "cpu-config",
+    "hotplug",
+    "mmds",
+    "pmem",
+    "snapshot",
+    "vsock",
+    "network-interfaces",
+];
 
 /// Turns a request into an action, counting it.
 pub fn route(request: &Request, metrics: &RequestMetrics) -> Result<Routed, RouteError> {
@@ -159,11 +167,22 @@ fn find(request: &Request) -> Result<Routed, RouteError> {
             VmState::Resumed => Action::Resume,
         },
         (method, path) if UNSUPPORTED.contains(&path) || (method == Method::Delete && path == "drives") => {
-            return Err(RouteError::Unsupported { method, path: path.into() });
+            return Err(RouteError::Unsupported {
+                method,
+                path: path.into(),
+            });
         }
-        (method, path) => return Err(RouteError::NotFound { method, path: path.into() }),
+        (method, path) => {
+            return Err(RouteError::NotFound {
+                method,
+                path: path.into(),
+            });
+        }
     };
-    Ok(Routed { action, deprecated: false })
+    Ok(Routed {
+        action,
+        deprecated: false,
+    })
 }
 
 /// The rules about bodies come before those about paths.
@@ -185,7 +204,10 @@ fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, RouteError> {
 fn put_machine_config(body: &[u8]) -> Result<Routed, RouteError> {
     let config: MachineConfig = json(body)?;
     let deprecated = config.cpu_template.is_some();
-    Ok(Routed { action: Action::PutMachineConfig(config), deprecated })
+    Ok(Routed {
+        action: Action::PutMachineConfig(config),
+        deprecated,
+    })
 }
 
 fn patch_machine_config(body: &[u8]) -> Result<Routed, RouteError> {
@@ -194,7 +216,10 @@ fn patch_machine_config(body: &[u8]) -> Result<Routed, RouteError> {
         return Err(RouteError::Body("Empty PATCH request."));
     }
     let deprecated = patch.cpu_template.is_some();
-    Ok(Routed { action: Action::PatchMachineConfig(patch), deprecated })
+    Ok(Routed {
+        action: Action::PatchMachineConfig(patch),
+        deprecated,
+    })
 }
 
 fn put_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
@@ -208,14 +233,20 @@ fn patch_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let patch: block::Patch = json(body)?;
     same_drive_id(id, &patch.drive_id)?;
-    Ok(Action::PatchDrive { id: id.into(), patch: json(body)? })
+    Ok(Action::PatchDrive {
+        id: id.into(),
+        patch: json(body)?,
+    })
 }
 
 fn put_net(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let config: net::Config = json(body)?;
     if id != config.iface_id {
-        let ids = format!("The id from the path [{id}] does not match the id from the body [{}]!", config.iface_id);
+        let ids = format!(
+            "The id from the path [{id}] does not match the id from the body [{}]!",
+            config.iface_id
+        );
         return Err(RouteError::IdMismatch(ids));
     }
     Ok(Action::PutNet(Box::new(config)))
@@ -225,7 +256,9 @@ fn same_drive_id(path: &str, body: &str) -> Result<(), RouteError> {
     if path == body {
         return Ok(());
     }
-    Err(RouteError::IdMismatch("The id from the path does not match the id from the body!".into()))
+    Err(RouteError::IdMismatch(
+        "The id from the path does not match the id from the body!".into(),
+    ))
 }
 
 fn checked_id(id: Option<&str>) -> Result<&str, RouteError> {
@@ -245,7 +278,12 @@ fn action(body: ActionBody) -> Action {
 
 /// The metrics group and name of a request.
 fn counter_of(request: &Request) -> Option<(&'static str, &'static str)> {
-    let resource = request.path.trim_start_matches('/').split('/').next().unwrap_or_default();
+    let resource = request
+        .path
+        .trim_start_matches('/')
+        .split('/')
+        .next()
+        .unwrap_or_default();
     Some(match (request.method, resource) {
         (Method::Get, "") => ("get_api_requests", "instance_info"),
         (Method::Get, "version") => ("get_api_requests", "vmm_version"),

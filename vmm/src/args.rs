@@ -125,8 +125,16 @@ const VALUED: [&str; 15] = [
     "mmds-size-limit",
     "describe-snapshot",
 ];
-const FLAGS: [&str; 8] =
-    ["no-api", "no-pci", "enable-pci", "boot-timer", "show-level", "show-log-origin", "no-seccomp", "snapshot-version"];
+const FLAGS: [&str; 8] = [
+    "no-api",
+    "no-pci",
+    "enable-pci",
+    "boot-timer",
+    "show-level",
+    "show-log-origin",
+    "no-seccomp",
+    "snapshot-version",
+];
 
 /// The raw options: each at most once.
 #[derive(Default)]
@@ -138,11 +146,21 @@ impl Options {
     }
 
     fn path(&self, name: &str) -> Option<PathBuf> {
-        self.0.iter().find(|(known, _)| *known == name)?.1.clone().map(PathBuf::from)
+        self.0
+            .iter()
+            .find(|(known, _)| *known == name)?
+            .1
+            .clone()
+            .map(PathBuf::from)
     }
 
     fn parsed<T: FromStr>(&self, name: &'static str, expected: &str) -> Result<Option<T>, ArgsError> {
-        let Some(value) = self.0.iter().find(|(known, _)| *known == name).and_then(|(_, value)| value.as_ref()) else {
+        let Some(value) = self
+            .0
+            .iter()
+            .find(|(known, _)| *known == name)
+            .and_then(|(_, value)| value.as_ref())
+        else {
             return Ok(None);
         };
         let invalid = || ArgsError::Value {
@@ -150,7 +168,11 @@ impl Options {
             value: value.to_string_lossy().into_owned(),
             expected: expected.into(),
         };
-        value.to_str().and_then(|text| text.parse().ok()).map(Some).ok_or_else(invalid)
+        value
+            .to_str()
+            .and_then(|text| text.parse().ok())
+            .map(Some)
+            .ok_or_else(invalid)
     }
 }
 
@@ -196,13 +218,23 @@ fn value_of(parser: &mut lexopt::Parser, name: &str) -> Result<OsString, ArgsErr
 
 impl Args {
     fn new(options: &Options) -> Result<Self, ArgsError> {
-        for name in ["metadata", "mmds-size-limit", "describe-snapshot", "snapshot-version", "seccomp-filter"] {
+        for name in [
+            "metadata",
+            "mmds-size-limit",
+            "describe-snapshot",
+            "snapshot-version",
+            "seccomp-filter",
+        ] {
             if name == "seccomp-filter" && options.has(name) && options.has("no-seccomp") {
                 return Err(ArgsError::Conflict("seccomp-filter", "no-seccomp"));
             }
             if options.has(name) {
                 let expected = "this version of Mayfly does not have it".into();
-                return Err(ArgsError::Value { argument: name, value: String::new(), expected });
+                return Err(ArgsError::Value {
+                    argument: name,
+                    value: String::new(),
+                    expected,
+                });
             }
         }
         let config_file = options.path("config-file");
@@ -215,7 +247,9 @@ impl Args {
         if options.has("no-pci") && options.has("enable-pci") {
             return Err(ArgsError::Conflict("no-pci", "enable-pci"));
         }
-        let api_sock = options.path("api-sock").unwrap_or_else(|| DEFAULT_API_SOCKET.into());
+        let api_sock = options
+            .path("api-sock")
+            .unwrap_or_else(|| DEFAULT_API_SOCKET.into());
         let micros = "a count of microseconds";
         Ok(Self {
             api_sock: (!options.has("no-api")).then_some(api_sock),
@@ -237,9 +271,15 @@ impl Args {
 
 fn instance_id(options: &Options) -> Result<String, ArgsError> {
     let expected = "1 to 64 letters, digits and '-'";
-    let id = options.parsed::<String>("id", expected)?.unwrap_or_else(|| DEFAULT_ID.into());
+    let id = options
+        .parsed::<String>("id", expected)?
+        .unwrap_or_else(|| DEFAULT_ID.into());
     let valid = (1..=64).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
-    let invalid = ArgsError::Value { argument: "id", value: id.clone(), expected: expected.into() };
+    let invalid = ArgsError::Value {
+        argument: "id",
+        value: id.clone(),
+        expected: expected.into(),
+    };
     if valid { Ok(id) } else { Err(invalid) }
 }
 
@@ -247,7 +287,10 @@ fn logger_config(options: &Options) -> Result<LoggerConfig, ArgsError> {
     let level = options.parsed::<String>("level", "a log level")?;
     Ok(LoggerConfig {
         log_path: options.path("log-path"),
-        level: level.map(|text| text.parse::<LogLevel>()).transpose().map_err(ArgsError::Level)?,
+        level: level
+            .map(|text| text.parse::<LogLevel>())
+            .transpose()
+            .map_err(ArgsError::Level)?,
         show_level: options.has("show-level").then_some(true),
         show_log_origin: options.has("show-log-origin").then_some(true),
         module: options.parsed("module", "the name of a module")?,
@@ -273,7 +316,10 @@ mod tests {
     fn has_the_documented_defaults() {
         let args = args(&[]);
         assert_eq!(args.api_sock, Some(DEFAULT_API_SOCKET.into()));
-        assert_eq!((args.id.as_str(), args.pci, args.max_payload), (DEFAULT_ID, true, 51_200));
+        assert_eq!(
+            (args.id.as_str(), args.pci, args.max_payload),
+            (DEFAULT_ID, true, 51_200)
+        );
     }
 
     #[test]
@@ -301,8 +347,14 @@ mod tests {
 
     #[test]
     fn refuses_a_missing_value_and_a_second_one() {
-        assert_eq!(run(&["--api-sock"]), Err(ArgsError::MissingValue("api-sock".into())));
-        assert_eq!(run(&["--api-sock", "--no-pci"]), Err(ArgsError::MissingValue("api-sock".into())));
+        assert_eq!(
+            run(&["--api-sock"]),
+            Err(ArgsError::MissingValue("api-sock".into()))
+        );
+        assert_eq!(
+            run(&["--api-sock", "--no-pci"]),
+            Err(ArgsError::MissingValue("api-sock".into()))
+        );
         assert_eq!(run(&["--id=a", "--id=b"]), Err(ArgsError::Twice("id")));
         assert_eq!(run(&["--no-pci", "--no-pci"]), Err(ArgsError::Twice("no-pci")));
     }
@@ -314,12 +366,19 @@ mod tests {
             run(&["--no-seccomp", "--seccomp-filter", "x"]),
             Err(ArgsError::Conflict("seccomp-filter", "no-seccomp"))
         );
-        assert_eq!(run(&["--no-pci", "--enable-pci"]), Err(ArgsError::Conflict("no-pci", "enable-pci")));
+        assert_eq!(
+            run(&["--no-pci", "--enable-pci"]),
+            Err(ArgsError::Conflict("no-pci", "enable-pci"))
+        );
     }
 
     #[test]
     fn refuses_invalid_values() {
-        for words in [["--id", "a_b"], ["--start-time-us", "x"], ["--http-api-max-payload-size", "-1"]] {
+        for words in [
+            ["--id", "a_b"],
+            ["--start-time-us", "x"],
+            ["--http-api-max-payload-size", "-1"],
+        ] {
             assert!(matches!(run(&words), Err(ArgsError::Value { .. })), "{words:?}");
         }
         let long = "a".repeat(65);

@@ -26,6 +26,10 @@ impl BusDevice for BootTimer {
 }
 
 /// Puts the timer, which counts from `start_us` of the monotonic clock, on the bus.
-pub fn insert(mmio: &Bus, start_us: u64) -> Result<(), BusError> {
-    mmio.insert(layout::BOOT_TIMER, 8, Arc::new(Mutex::new(BootTimer { start_us })))
+pub(crate) fn insert(mmio: &Bus, start_us: u64) -> Result<(), BusError> {
+    mmio.insert(
+        layout::BOOT_TIMER,
+        8,
+        Arc::new(Mutex::new(BootTimer { start_us })),
+    )
 }

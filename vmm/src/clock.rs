@@ -14,12 +14,17 @@ pub fn since_us(start: Option<u64>) -> u64 {
 
 /// CPU time spent on the start: this process's since `--start-time-cpu-us`, and its parent's.
 pub fn cpu_us(args: &Args) -> u64 {
-    let own = args.start_time_cpu_us.map_or(0, |start| read(libc::CLOCK_PROCESS_CPUTIME_ID).saturating_sub(start));
+    let own = args.start_time_cpu_us.map_or(0, |start| {
+        read(libc::CLOCK_PROCESS_CPUTIME_ID).saturating_sub(start)
+    });
     own + args.parent_cpu_time_us.unwrap_or(0)
 }
 
 fn read(clock: libc::clockid_t) -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: needed because the standard library hides the clocks' values; the pointer is to a live value.
     unsafe { libc::clock_gettime(clock, &mut time) };
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);

@@ -158,7 +158,10 @@ impl MachineConfig {
         if self.mem_size_mib < MIN_MEMORY_MIB {
             return Err(ConfigError::MemorySize(self.mem_size_mib));
         }
-        let unsupported = |what: String| ConfigError::Unsupported { section: "Machine config", what };
+        let unsupported = |what: String| ConfigError::Unsupported {
+            section: "Machine config",
+            what,
+        };
         match self.cpu_template.take() {
             None | Some(CpuTemplate::None) => {}
             Some(template) => return Err(unsupported(format!("cpu_template {template:?}"))),
@@ -220,9 +223,9 @@ impl std::str::FromStr for LogLevel {
     fn from_str(text: &str) -> Result<Self, String> {
         let known = match text.to_ascii_lowercase().as_str() {
             "warning" => log::LevelFilter::Warn,
-            other => {
-                other.parse().map_err(|_| format!("Invalid LevelFilter: '{text}' is none of Off, Trace, Debug, Info, Warn, Error"))?
-            }
+            other => other.parse().map_err(|_| {
+                format!("Invalid LevelFilter: '{text}' is none of Off, Trace, Debug, Info, Warn, Error")
+            })?,
         };
         Ok(Self(known))
     }
@@ -236,7 +239,9 @@ impl Serialize for LogLevel {
 
 impl<'de> Deserialize<'de> for LogLevel {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -261,7 +266,9 @@ impl<'de> Deserialize<'de> for Absent {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         match Option::<serde::de::IgnoredAny>::deserialize(deserializer)? {
             None => Ok(Self),
-            Some(_) => Err(serde::de::Error::custom("this setting is not supported by this version of Mayfly")),
+            Some(_) => Err(serde::de::Error::custom(
+                "this setting is not supported by this version of Mayfly",
+            )),
         }
     }
 }
@@ -282,7 +289,9 @@ impl<'de> Deserialize<'de> for NoDevices {
         if list.is_empty() {
             return Ok(Self);
         }
-        Err(serde::de::Error::custom("this device is not supported by this version of Mayfly"))
+        Err(serde::de::Error::custom(
+            "this device is not supported by this version of Mayfly",
+        ))
     }
 }
 
@@ -335,10 +344,16 @@ pub struct VmConfig {
 impl VmConfig {
     /// Adds a drive, or replaces the one with its id.
     pub fn put_drive(&mut self, drive: block::Config) -> Result<(), ConfigError> {
-        let other_root = self.drives.iter().find(|d| d.is_root_device && d.drive_id != drive.drive_id);
+        let other_root = self
+            .drives
+            .iter()
+            .find(|d| d.is_root_device && d.drive_id != drive.drive_id);
         if let (true, Some(root)) = (drive.is_root_device, other_root) {
             let old = root.drive_id.clone();
-            return Err(ConfigError::SecondRoot { old, new: drive.drive_id });
+            return Err(ConfigError::SecondRoot {
+                old,
+                new: drive.drive_id,
+            });
         }
         put_by(&mut self.drives, drive, |d| &d.drive_id);
         // The root disk is the guest's first, whatever the order of requests.
@@ -350,7 +365,10 @@ impl VmConfig {
     pub fn put_net(&mut self, net: net::Config) -> Result<(), ConfigError> {
         let twin = |n: &&net::Config| n.iface_id != net.iface_id && n.guest_mac == net.guest_mac;
         if let (Some(mac), Some(other)) = (&net.guest_mac, self.network_interfaces.iter().find(twin)) {
-            return Err(ConfigError::MacInUse { mac: mac.to_string(), id: other.iface_id.clone() });
+            return Err(ConfigError::MacInUse {
+                mac: mac.to_string(),
+                id: other.iface_id.clone(),
+            });
         }
         put_by(&mut self.network_interfaces, net, |n| &n.iface_id);
         Ok(())
@@ -381,7 +399,9 @@ pub fn check_id(id: &str) -> Result<(), ConfigError> {
         return Err(ConfigError::Id("The ID cannot be empty."));
     }
     if !id.chars().all(|c| c.is_alphanumeric() || c == '_') {
-        return Err(ConfigError::Id("API Resource IDs can only contain alphanumeric characters and underscores."));
+        return Err(ConfigError::Id(
+            "API Resource IDs can only contain alphanumeric characters and underscores.",
+        ));
     }
     Ok(())
 }

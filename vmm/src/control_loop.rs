@@ -100,7 +100,10 @@ impl ControlLoop {
     pub fn new(controller: Controller, termination: Termination) -> io::Result<(Self, Inbox)> {
         let (sender, requests) = std::sync::mpsc::channel();
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
-        let inbox = Inbox { requests: sender, wake: Arc::clone(&wake) };
+        let inbox = Inbox {
+            requests: sender,
+            wake: Arc::clone(&wake),
+        };
         let this = Self {
             epoll: Epoll::new()?,
             controller,
@@ -148,13 +151,23 @@ impl ControlLoop {
             Source::Requests => self.serve_requests(),
             Source::Signal => return self.termination.read().map(Exit::Signal),
             Source::Reset | Source::PowerOff => {
-                log::info!("The guest has {}.", if source == Source::Reset { "reset" } else { "powered off" });
+                log::info!(
+                    "The guest has {}.",
+                    if source == Source::Reset {
+                        "reset"
+                    } else {
+                        "powered off"
+                    }
+                );
                 return Some(Exit::Code(0));
             }
             Source::VcpuEnded => {
                 let reason = self.controller.running().and_then(|vm| vm.ended());
                 let failed = reason != Some(Ended::Reset);
-                log::info!("The guest has stopped{}.", if failed { " because a vCPU failed" } else { "" });
+                log::info!(
+                    "The guest has stopped{}.",
+                    if failed { " because a vCPU failed" } else { "" }
+                );
                 return Some(Exit::Code(u8::from(failed)));
             }
             Source::Console => self.read_console(),
@@ -169,10 +182,19 @@ impl ControlLoop {
 
     fn serve_requests(&mut self) {
         let _ = self.wake.read();
-        while let Ok(Request { action, responder, deprecated }) = self.requests.try_recv() {
+        while let Ok(Request {
+            action,
+            responder,
+            deprecated,
+        }) = self.requests.try_recv()
+        {
             let response = api::response(self.controller.handle(action));
             log_response(&response);
-            responder.send(if deprecated { response.deprecated() } else { response });
+            responder.send(if deprecated {
+                response.deprecated()
+            } else {
+                response
+            });
         }
     }
 
@@ -180,13 +202,17 @@ impl ControlLoop {
     fn follow_up(&mut self) -> io::Result<()> {
         if !self.timer_armed && self.controller.has_metrics() {
             let failed = |e: vmm_sys_util::errno::Error| io::Error::from_raw_os_error(e.errno());
-            self.timer.reset(METRICS_PERIOD, Some(METRICS_PERIOD)).map_err(failed)?;
+            self.timer
+                .reset(METRICS_PERIOD, Some(METRICS_PERIOD))
+                .map_err(failed)?;
             self.timer_armed = true;
         }
         if self.machine_watched {
             return Ok(());
         }
-        let Some(vm) = self.controller.running() else { return Ok(()) };
+        let Some(vm) = self.controller.running() else {
+            return Ok(());
+        };
         let events = vm.events();
         let sources = [
             (events.vcpu_ended, Source::VcpuEnded),
@@ -239,7 +265,11 @@ impl ControlLoop {
             let taken = vm.console_input(&self.unread);
             self.unread.drain(..taken);
         }
-        let events = if self.unread.is_empty() { EventSet::IN } else { EventSet::empty() };
+        let events = if self.unread.is_empty() {
+            EventSet::IN
+        } else {
+            EventSet::empty()
+        };
         if had_rest {
             // Fails only when standard input is not watched, and then there is nothing to let rest.
             let event = EpollEvent::new(events, Source::Console as u64);
@@ -252,7 +282,11 @@ impl ControlLoop {
     }
 
     fn watch(&self, fd: RawFd, source: Source) -> io::Result<()> {
-        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, source as u64))
+        self.epoll.ctl(
+            ControlOperation::Add,
+            fd,
+            EpollEvent::new(EventSet::IN, source as u64),
+        )
     }
 
     fn write_metrics(&mut self) {

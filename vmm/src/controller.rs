@@ -112,7 +112,13 @@ impl Controller {
     /// A process without a machine yet.
     pub fn new(instance: Instance, requests: Arc<RequestMetrics>) -> Self {
         let state = State::Configuring(Box::default());
-        Self { instance, state, metrics: MetricsSink::default(), requests, latencies: Latencies::default() }
+        Self {
+            instance,
+            state,
+            metrics: MetricsSink::default(),
+            requests,
+            latencies: Latencies::default(),
+        }
     }
 
     /// Carries an action out.
@@ -121,7 +127,9 @@ impl Controller {
             Action::GetInstance => Ok(self.instance_info()),
             Action::GetVersion => {
                 let version = env!("CARGO_PKG_VERSION");
-                Ok(reply(&json!({"firecracker_version": API_VERSION, "mayfly_version": version})))
+                Ok(reply(
+                    &json!({"firecracker_version": API_VERSION, "mayfly_version": version}),
+                ))
             }
             Action::GetMachineConfig => Ok(reply(&self.any_config().machine_config)),
             Action::GetVmConfig => Ok(reply(self.any_config())),
@@ -184,7 +192,15 @@ impl Controller {
         if let Some(metrics) = &config.metrics {
             self.set_metrics(metrics)?;
         }
-        let VmConfig { machine_config, boot_source, drives, network_interfaces, entropy, serial, .. } = config;
+        let VmConfig {
+            machine_config,
+            boot_source,
+            drives,
+            network_interfaces,
+            entropy,
+            serial,
+            ..
+        } = config;
         self.handle(Action::PutMachineConfig(machine_config))?;
         self.handle(Action::PutBootSource(boot_source))?;
         for drive in drives {
@@ -209,7 +225,11 @@ impl Controller {
             return Err(ControlError::MetricsTwice);
         }
         let path = &config.metrics_path;
-        let failed = |source| ControlError::Sink { section: "Metrics", path: path.clone(), source };
+        let failed = |source| ControlError::Sink {
+            section: "Metrics",
+            path: path.clone(),
+            source,
+        };
         self.metrics.set_path(path).map_err(failed)
     }
 
@@ -266,7 +286,12 @@ impl Controller {
             vmm_version: &'a str,
             app_name: &'a str,
         }
-        reply(&Info { id: &self.instance.id, state, vmm_version: API_VERSION, app_name: "Mayfly" })
+        reply(&Info {
+            id: &self.instance.id,
+            state,
+            vmm_version: API_VERSION,
+            app_name: "Mayfly",
+        })
     }
 
     fn set_machine(&mut self, config: MachineConfig) -> Result<Reply, ControlError> {
@@ -285,7 +310,11 @@ impl Controller {
     fn put_serial(&mut self, serial: SerialConfig) -> Result<Reply, ControlError> {
         let config = self.config()?;
         if let Some(path) = &serial.serial_out_path {
-            let failed = |source| ControlError::Sink { section: "Serial", path: path.clone(), source };
+            let failed = |source| ControlError::Sink {
+                section: "Serial",
+                path: path.clone(),
+                source,
+            };
             crate::logger::open_sink(path).map_err(failed)?;
         }
         config.serial = Some(serial);
@@ -324,18 +353,29 @@ impl Controller {
 
     /// All counters of the process as one object.
     fn collect_metrics(&self) -> Value {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
         let (startup, startup_cpu) = self.instance.startup_us;
         let mut line = Map::new();
-        line.insert("utc_timestamp_ms".into(), u64::try_from(now.as_millis()).unwrap_or(0).into());
+        line.insert(
+            "utc_timestamp_ms".into(),
+            u64::try_from(now.as_millis()).unwrap_or(0).into(),
+        );
         let api = json!({"process_startup_time_us": startup, "process_startup_time_cpu_us": startup_cpu});
         line.insert("api_server".into(), api);
-        line.insert("latencies_us".into(), serde_json::to_value(&self.latencies).expect("numbers"));
+        line.insert(
+            "latencies_us".into(),
+            serde_json::to_value(&self.latencies).expect("numbers"),
+        );
         line.insert(
             "logger".into(),
             json!({"missed_log_count": LOGGER.missed(), "missed_metrics_count": self.metrics.missed}),
         );
-        line.insert("signals".into(), json!({"sigpipe": crate::signals::broken_pipes()}));
+        line.insert(
+            "signals".into(),
+            json!({"sigpipe": crate::signals::broken_pipes()}),
+        );
         add_to_sum(&mut line, &self.requests.to_json());
         if let State::Running(vm) = &self.state {
             vm.collect_metrics(&mut line);
@@ -359,7 +399,11 @@ fn micros(start: Instant) -> u64 {
 /// Applies logger settings.
 pub fn configure_logger(config: &LoggerConfig) -> Result<(), ControlError> {
     let path = config.log_path.clone().unwrap_or_default();
-    LOGGER.configure(config).map_err(|source| ControlError::Sink { section: "Logger", path, source })
+    LOGGER.configure(config).map_err(|source| ControlError::Sink {
+        section: "Logger",
+        path,
+        source,
+    })
 }
 
 fn check_image(kind: ImageKind, path: Option<&String>) -> Result<(), ControlError> {
@@ -371,7 +415,10 @@ fn check_image(kind: ImageKind, path: Option<&String>) -> Result<(), ControlErro
 
 /// Opens what the device needs and lets go of it again.
 fn check_device(section: &'static str, config: &DeviceConfig) -> Result<(), ControlError> {
-    config.build().map(drop).map_err(|source| ControlError::Device { section, source })
+    config
+        .build()
+        .map(drop)
+        .map_err(|source| ControlError::Device { section, source })
 }
 
 /// Reads a config file.

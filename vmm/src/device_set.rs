@@ -7,14 +7,18 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::SharedMemory;
-use devices::bus::{Bus, BusError, SharedDevice};
+use devices::bus::{Bus, BusError};
 use devices::catalog::{BuildError, DeviceConfig};
-use devices::virtio::{LaneHost, Transport, UpdateError};
+use devices::pci::root::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_LEN};
+use devices::pci::{ConfigPorts, Ecam, PciError, PciSegment};
+use devices::virtio::mmio::{self, MmioVirtio};
+use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
+use devices::virtio::{LaneHost, Transport, UpdateError, VirtioDevice};
 use serde_json::{Map, Value};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::{self, KvmError};
 use crate::metrics::add_to_sum;
+use crate::pci_wiring::{Bars, Lines, MsiGsis};
 use crate::x86_64::layout;
 
 /// Why a device could not be attached or changed; the set is as before.
@@ -51,6 +55,14 @@ pub enum DeviceSetError {
         id: String,
         /// Why.
         source: BusError,
+    },
+    /// The PCI bus refused it.
+    #[error("device '{id}' cannot be plugged in")]
+    Pci {
+        /// Which one.
+        id: String,
+        /// Why.
+        source: PciError,
     },
     /// No slot is left.
     #[error("device '{id}' finds no free slot; at most {limit} devices fit")]
@@ -90,18 +102,200 @@ struct Attached {
     transport: Arc<Mutex<dyn Transport>>,
 }
 
+impl Attached {
+    fn lock(&self) -> MutexGuard<'_, dyn Transport + 'static> {
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How devices appear to the guest.
+enum Wiring {
+    Pci {
+        segment: Arc<PciSegment>,
+        bars: Arc<Bars>,
+        lines: Lines,
+    },
+    /// Register window and interrupt of each device so far.
+    Mmio { places: Vec<(u64, u32)> },
+}
 
 /// The devices of a machine.
 pub struct DeviceSet {
     platform: Platform,
+    wiring: Wiring,
     devices: Vec<Attached>,
 }
+
 impl DeviceSet {
-    pub fn new(platform: Platform, _pio: &Bus, _pci: bool) -> Result<Self, DeviceSetError> { Ok(Self{platform, devices: vec![]}) }
-    pub fn attach(&mut self, _c: DeviceConfig) -> Result<(), DeviceSetError> { todo!() }
-    pub fn mmio_places(&self) -> &[(u64,u32)] { &[] }
-    pub fn pause(&self) {}
-    pub fn resume(&self) {}
-    pub fn update(&mut self, _id: &str, _p: Value) -> Result<(), DeviceSetError> { todo!() }
-    pub fn collect_metrics(&self, _l: &mut Map<String, Value>) {}
+    /// A set without devices; with `pci` there is a bus for them.
+    pub fn new(platform: Platform, pio: &Bus, pci: bool) -> Result<Self, BusError> {
+        let wiring = if pci {
+            let bars = Arc::new(Bars::new(Arc::clone(&platform.mmio), Arc::clone(&platform.vm)));
+            let segment = Arc::new(PciSegment::new(bars.clone()));
+            let ecam = Ecam::new(Arc::clone(&segment));
+            platform
+                .mmio
+                .insert(layout::PCI_ECAM.start, ECAM_LEN, Arc::new(Mutex::new(ecam)))?;
+            let ports = ConfigPorts::new(Arc::clone(&segment));
+            pio.insert(CONFIG_PORTS, CONFIG_PORTS_LEN, Arc::new(Mutex::new(ports)))?;
+            Wiring::Pci {
+                segment,
+                bars,
+                lines: Lines::new(Arc::clone(&platform.vm)),
+            }
+        } else {
+            Wiring::Mmio { places: Vec::new() }
+        };
+        Ok(Self {
+            platform,
+            wiring,
+            devices: Vec::new(),
+        })
+    }
+
+    /// Makes the device and plugs it in.
+    pub fn attach(&mut self, config: DeviceConfig) -> Result<(), DeviceSetError> {
+        let id = config.id();
+        let device = config.build().map_err(|source| DeviceSetError::Build {
+            id: id.into(),
+            source,
+        })?;
+        let transport = match self.wiring {
+            Wiring::Pci { .. } => self.attach_pci(id, device)?,
+            Wiring::Mmio { .. } => self.attach_mmio(id, device)?,
+        };
+        self.devices.push(Attached { config, transport });
+        Ok(())
+    }
+
+    /// Register window and interrupt of each virtio-mmio device.
+    pub fn mmio_places(&self) -> &[(u64, u32)] {
+        match &self.wiring {
+            Wiring::Mmio { places } => places,
+            Wiring::Pci { .. } => &[],
+        }
+    }
+
+    /// Changes a device as its own patch says.
+    pub fn update(&self, id: &str, patch: Value) -> Result<(), DeviceSetError> {
+        let device = self.devices.iter().find(|device| device.config.id() == id);
+        let device = device.ok_or_else(|| DeviceSetError::NotFound(id.into()))?;
+        let updated = device.lock().slot().update(patch);
+        updated.map_err(|source| DeviceSetError::Update {
+            id: id.into(),
+            source,
+        })
+    }
+
+    /// Lets every device finish what is in flight and hold events back. The vCPUs have stopped before.
+    pub fn pause(&self) {
+        self.devices
+            .iter()
+            .for_each(|device| device.lock().slot().pause());
+    }
+
+    /// Lets every device go on. The vCPUs start after.
+    pub fn resume(&self) {
+        self.devices
+            .iter()
+            .for_each(|device| device.lock().slot().resume());
+    }
+
+    /// Adds the devices' counters to a metrics line: each by itself, and the sum of its kind.
+    pub fn collect_metrics(&self, line: &mut Map<String, Value>) {
+        for device in &self.devices {
+            let group = device.config.metrics_group();
+            let counters = device.lock().slot().metrics();
+            if let Value::Object(sum) = line.entry(group).or_insert_with(|| Value::Object(Map::new())) {
+                add_to_sum(sum, &counters);
+            }
+            if !matches!(device.config, DeviceConfig::Entropy(_)) {
+                line.insert(format!("{group}_{}", device.config.id()), counters);
+            }
+        }
+    }
+
+    fn attach_pci(
+        &self,
+        id: &str,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Arc<Mutex<dyn Transport>>, DeviceSetError> {
+        let Wiring::Pci { segment, bars, lines } = &self.wiring else {
+            unreachable!("the caller has matched")
+        };
+        let host_failed = |source| DeviceSetError::Host {
+            id: id.into(),
+            source,
+        };
+        let kvm_failed = |source| DeviceSetError::Kvm {
+            id: id.into(),
+            source,
+        };
+        let limit = usize::from(layout::PCI_SLOTS) - 1;
+        let slot = segment
+            .free_slot()
+            .ok_or_else(|| DeviceSetError::Full { id: id.into(), limit })?;
+        let gsis = MsiGsis::new(
+            Arc::clone(&self.platform.vm),
+            PciVirtio::vector_count(device.info()),
+        );
+        let gsis = Arc::new(gsis.map_err(kvm_failed)?);
+        let resources = PciResources {
+            bar_address: layout::PCI_MEMORY_WINDOW.start + u64::from(slot) * BAR_LEN,
+            interrupt_line: u8::try_from(layout::pci_intx_gsi(slot)).expect("one of the I/O APIC's 24 lines"),
+            router: gsis.clone(),
+            intx: lines.connect(slot),
+        };
+        let (memory, host) = (self.platform.memory.clone(), Arc::clone(&self.platform.host));
+        let mut function = PciVirtio::new(device, resources, memory, host).map_err(host_failed)?;
+        gsis.bind(function.irqfds()).map_err(kvm_failed)?;
+        let kicks = function.slot().kicks().to_vec();
+        let function = Arc::new(Mutex::new(function));
+        bars.add(slot, function.clone(), kicks);
+        segment
+            .attach(slot, function.clone())
+            .map_err(|source| DeviceSetError::Pci {
+                id: id.into(),
+                source,
+            })?;
+        Ok(function)
+    }
+
+    fn attach_mmio(
+        &mut self,
+        id: &str,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Arc<Mutex<dyn Transport>>, DeviceSetError> {
+        let Wiring::Mmio { places } = &mut self.wiring else {
+            unreachable!("the caller has matched")
+        };
+        let Platform { vm, memory, host, .. } = &self.platform;
+        let kvm_failed = |source| DeviceSetError::Kvm {
+            id: id.into(),
+            source,
+        };
+        let limit = layout::VIRTIO_MMIO_GSIS.len();
+        let place = layout::virtio_mmio_device(places.len());
+        let (base, gsi) = place.ok_or_else(|| DeviceSetError::Full { id: id.into(), limit })?;
+        let transport = MmioVirtio::new(device, memory.clone(), Arc::clone(host));
+        let mut transport = transport.map_err(|source| DeviceSetError::Host {
+            id: id.into(),
+            source,
+        })?;
+        vm.register_irqfd(transport.irqfd(), gsi).map_err(kvm_failed)?;
+        for (queue, kick) in (0u32..).zip(transport.slot().kicks()) {
+            vm.register_ioevent_value(kick, base + mmio::QUEUE_NOTIFY, queue)
+                .map_err(kvm_failed)?;
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        self.platform
+            .mmio
+            .insert(base, layout::VIRTIO_MMIO_SIZE, transport.clone())
+            .map_err(|source| DeviceSetError::Bus {
+                id: id.into(),
+                source,
+            })?;
+        places.push((base, gsi));
+        Ok(transport)
+    }
 }

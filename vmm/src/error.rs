@@ -29,6 +29,9 @@ mod tests {
     #[test]
     fn joins_causes() {
         let error = Outer(std::io::Error::from_raw_os_error(libc::ENOENT));
-        assert_eq!(chain(&error), "cannot open the disk: No such file or directory (os error 2)");
+        assert_eq!(
+            chain(&error),
+            "cannot open the disk: No such file or directory (os error 2)"
+        );
     }
 }

@@ -38,8 +38,16 @@ impl IoLoop {
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
         watch(&epoll, wake.as_raw_fd(), MESSAGES, 0)?;
-        let mut worker = Worker { epoll, inbox, lanes: BTreeMap::new(), next: 0 };
-        thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(move || worker.work())?;
+        let mut worker = Worker {
+            epoll,
+            inbox,
+            lanes: BTreeMap::new(),
+            next: 0,
+        };
+        thread::Builder::new()
+            .name(name.into())
+            .stack_size(256 << 10)
+            .spawn(move || worker.work())?;
         Ok(Self { messages, wake })
     }
 
@@ -100,7 +108,14 @@ impl Worker {
                     self.read_messages();
                 } else if let Some(Running { lane, fds }) = self.lanes.get_mut(&id) {
                     // A lane that was detached earlier in this batch is no longer there.
-                    lane.on_event(token, &LaneWatch { epoll: &self.epoll, id, fds: fds.into() });
+                    lane.on_event(
+                        token,
+                        &LaneWatch {
+                            epoll: &self.epoll,
+                            id,
+                            fds: fds.into(),
+                        },
+                    );
                 }
             }
         }
@@ -118,7 +133,14 @@ impl Worker {
                 }
                 Message::Run(id, job) => {
                     let Running { lane, fds } = self.lanes.get_mut(&id).expect("a slot names its own lane");
-                    job(lane, &LaneWatch { epoll: &self.epoll, id, fds: fds.into() });
+                    job(
+                        lane,
+                        &LaneWatch {
+                            epoll: &self.epoll,
+                            id,
+                            fds: fds.into(),
+                        },
+                    );
                 }
             }
         }
@@ -127,9 +149,17 @@ impl Worker {
     fn attach(&mut self, mut lane: Box<Lane>) -> LaneId {
         let id = self.next;
         // Ids are never used twice, so that an event of a former lane cannot reach a later one.
-        self.next = self.next.checked_add(1).filter(|next| *next != MESSAGES).expect("fewer than 2^32 activations");
+        self.next = self
+            .next
+            .checked_add(1)
+            .filter(|next| *next != MESSAGES)
+            .expect("fewer than 2^32 activations");
         let mut fds = Vec::new();
-        lane.start(&LaneWatch { epoll: &self.epoll, id, fds: (&mut fds).into() });
+        lane.start(&LaneWatch {
+            epoll: &self.epoll,
+            id,
+            fds: (&mut fds).into(),
+        });
         self.lanes.insert(id, Running { lane, fds });
         id
     }
@@ -138,7 +168,9 @@ impl Worker {
         let Running { lane, fds } = self.lanes.remove(&id).expect("a slot names its own lane");
         for fd in fds {
             // A descriptor that the device has closed is gone from the set already.
-            let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+            let _ = self
+                .epoll
+                .ctl(ControlOperation::Delete, fd, EpollEvent::default());
         }
         lane
     }
@@ -160,16 +192,24 @@ impl Watch for LaneWatch<'_> {
 
     fn remove(&self, fd: RawFd) -> io::Result<()> {
         self.fds.borrow_mut().retain(|watched| *watched != fd);
-        self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())
+        self.epoll
+            .ctl(ControlOperation::Delete, fd, EpollEvent::default())
     }
 }
 
 fn watch(epoll: &Epoll, fd: RawFd, id: LaneId, token: u32) -> io::Result<()> {
     let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, u64::from(id) << 32 | u64::from(token)))
+    epoll.ctl(
+        ControlOperation::Add,
+        fd,
+        EpollEvent::new(events, u64::from(id) << 32 | u64::from(token)),
+    )
 }
 
 fn split(data: u64) -> (LaneId, u32) {
     let [t0, t1, t2, t3, l0, l1, l2, l3] = data.to_le_bytes();
-    (u32::from_le_bytes([l0, l1, l2, l3]), u32::from_le_bytes([t0, t1, t2, t3]))
+    (
+        u32::from_le_bytes([l0, l1, l2, l3]),
+        u32::from_le_bytes([t0, t1, t2, t3]),
+    )
 }

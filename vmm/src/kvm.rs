@@ -10,11 +10,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use devices::GuestMemory;
-#[derive(Clone,Copy)] pub struct MsiMessage{pub address:u64,pub data:u32}
+use devices::pci::MsiMessage;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES,
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KVM_VCPU_TSC_CTRL,
+    CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET, KvmIrqRouting, kvm_clock_data, kvm_device_attr, kvm_irq_routing_entry,
     kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_pit_config, kvm_userspace_memory_region,
 };
@@ -66,7 +65,10 @@ pub enum KvmError {
 
 /// Turns a KVM failure into an error that names the operation.
 fn failed(op: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
-    move |error| KvmError::Operation { op, source: io::Error::from_raw_os_error(error.errno()) }
+    move |error| KvmError::Operation {
+        op,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
 }
 
 /// Opens `/dev/kvm` and checks what it can do.
@@ -83,7 +85,9 @@ pub fn open() -> Result<Kvm, KvmError> {
         KvmError::Open { remedy, source }
     })?;
     if kvm.get_api_version() != API_VERSION {
-        return Err(KvmError::Missing { what: "interface version 12" });
+        return Err(KvmError::Missing {
+            what: "interface version 12",
+        });
     }
     let needed = [
         (Cap::Irqchip, "in-kernel interrupt controller"),
@@ -103,7 +107,8 @@ pub fn open() -> Result<Kvm, KvmError> {
 
 /// What CPUs a guest can have here.
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
-    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("read the supported CPUID"))
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(failed("read the supported CPUID"))
 }
 
 #[derive(Default)]
@@ -125,11 +130,19 @@ impl Vm {
     /// the first vCPU.
     pub fn new(kvm: &Kvm, memory: &GuestMemory) -> Result<Self, KvmError> {
         let fd = kvm.create_vm().map_err(failed("create a virtual machine"))?;
-        fd.set_tss_address(layout::KVM_TSS).map_err(failed("set the TSS address"))?;
-        fd.create_irq_chip().map_err(failed("create the interrupt controllers"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.set_tss_address(layout::KVM_TSS)
+            .map_err(failed("set the TSS address"))?;
+        fd.create_irq_chip()
+            .map_err(failed("create the interrupt controllers"))?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
         fd.create_pit2(pit).map_err(failed("create the timer"))?;
-        let vm = Self { fd, routes: Mutex::default() };
+        let vm = Self {
+            fd,
+            routes: Mutex::default(),
+        };
         for (slot, region) in (0u32..).zip(memory.iter()) {
             vm.set_memory_slot(slot, region)?;
         }
@@ -152,42 +165,57 @@ impl Vm {
 
     /// Makes a vCPU and a switch to get it out of guest code.
     pub fn create_vcpu(&self, id: u8) -> Result<(VcpuFd, ImmediateExit), KvmError> {
-        let mut vcpu = self.fd.create_vcpu(u64::from(id)).map_err(failed("create a vCPU"))?;
+        let mut vcpu = self
+            .fd
+            .create_vcpu(u64::from(id))
+            .map_err(failed("create a vCPU"))?;
         let flag = std::ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit);
         Ok((vcpu, ImmediateExit(flag.cast())))
     }
 
     /// Lets a write to `fd` raise `gsi`.
     pub fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
-        self.fd.register_irqfd(fd, gsi).map_err(failed("bind an interrupt"))
+        self.fd
+            .register_irqfd(fd, gsi)
+            .map_err(failed("bind an interrupt"))
     }
 
     /// Undoes [`Vm::register_irqfd`].
     pub fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
-        self.fd.unregister_irqfd(fd, gsi).map_err(failed("unbind an interrupt"))
+        self.fd
+            .unregister_irqfd(fd, gsi)
+            .map_err(failed("unbind an interrupt"))
     }
 
     /// Lets any write to `address` signal `fd` without an exit.
     pub fn register_ioevent(&self, fd: &EventFd, address: u64) -> Result<(), KvmError> {
         let address = IoEventAddress::Mmio(address);
-        self.fd.register_ioevent(fd, &address, NoDatamatch).map_err(failed("bind a queue notification"))
+        self.fd
+            .register_ioevent(fd, &address, NoDatamatch)
+            .map_err(failed("bind a queue notification"))
     }
 
     /// Lets a 32-bit write of `value` to `address` signal `fd` without an exit.
     pub fn register_ioevent_value(&self, fd: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
         let address = IoEventAddress::Mmio(address);
-        self.fd.register_ioevent(fd, &address, value).map_err(failed("bind a queue notification"))
+        self.fd
+            .register_ioevent(fd, &address, value)
+            .map_err(failed("bind a queue notification"))
     }
 
     /// Undoes [`Vm::register_ioevent`].
     pub fn unregister_ioevent(&self, fd: &EventFd, address: u64) -> Result<(), KvmError> {
         let address = IoEventAddress::Mmio(address);
-        self.fd.unregister_ioevent(fd, &address, NoDatamatch).map_err(failed("unbind a queue notification"))
+        self.fd
+            .unregister_ioevent(fd, &address, NoDatamatch)
+            .map_err(failed("unbind a queue notification"))
     }
 
     /// Drives an interrupt line of the I/O APIC.
     pub fn set_irq_line(&self, gsi: u32, active: bool) -> Result<(), KvmError> {
-        self.fd.set_irq_line(gsi, active).map_err(failed("drive an interrupt line"))
+        self.fd
+            .set_irq_line(gsi, active)
+            .map_err(failed("drive an interrupt line"))
     }
 
     /// Takes a GSI for a message signalled interrupt.
@@ -208,20 +236,32 @@ impl Vm {
     pub fn route_msi(&self, gsi: u32, message: MsiMessage) -> Result<(), KvmError> {
         let mut routes = self.lock_routes();
         routes.msi.insert(gsi, Some(message));
-        let messages = routes.msi.iter().filter_map(|(gsi, message)| message.map(|m| msi_route(*gsi, m)));
+        let messages = routes
+            .msi
+            .iter()
+            .filter_map(|(gsi, message)| message.map(|m| msi_route(*gsi, m)));
         let entries: Vec<_> = irqchip_routes().chain(messages).collect();
         let table = KvmIrqRouting::from_entries(&entries).expect("the count of GSIs bounds the table");
-        self.fd.set_gsi_routing(&table).map_err(failed("route interrupts"))
+        self.fd
+            .set_gsi_routing(&table)
+            .map_err(failed("route interrupts"))
     }
 
     /// The guest's kvmclock, in nanoseconds.
     pub fn clock(&self) -> Result<u64, KvmError> {
-        Ok(self.fd.get_clock().map_err(failed("read the guest's clock"))?.clock)
+        Ok(self
+            .fd
+            .get_clock()
+            .map_err(failed("read the guest's clock"))?
+            .clock)
     }
 
     /// Sets the guest's kvmclock, in nanoseconds.
     pub fn set_clock(&self, clock: u64) -> Result<(), KvmError> {
-        let data = kvm_clock_data { clock, ..Default::default() };
+        let data = kvm_clock_data {
+            clock,
+            ..Default::default()
+        };
         self.fd.set_clock(&data).map_err(failed("set the guest's clock"))
     }
 
@@ -236,7 +276,11 @@ impl Vm {
 }
 
 fn msi_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
     let [a0, a1, a2, a3, h0, h1, h2, h3] = message.address.to_le_bytes();
     entry.u.msi = kvm_irq_routing_msi {
         address_lo: u32::from_le_bytes([a0, a1, a2, a3]),
@@ -250,7 +294,11 @@ fn msi_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
 /// The routes that the kernel sets up by itself, which a new table must repeat: 24 I/O APIC pins, 16 PIC pins.
 fn irqchip_routes() -> impl Iterator<Item = kvm_irq_routing_entry> {
     let pin = |gsi, irqchip, pin| {
-        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        let mut entry = kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            ..Default::default()
+        };
         entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
         entry
     };
@@ -295,7 +343,10 @@ pub fn shift_tsc(vcpu: &VcpuFd, ticks: u64) -> Result<(), KvmError> {
         // one u64 at `offset`, which lives over the call.
         match unsafe { libc::ioctl(vcpu.as_raw_fd(), request, std::ptr::from_ref(&attr)) } {
             0 => Ok(()),
-            _ => Err(KvmError::Operation { op, source: io::Error::last_os_error() }),
+            _ => Err(KvmError::Operation {
+                op,
+                source: io::Error::last_os_error(),
+            }),
         }
     };
     attribute(GET_DEVICE_ATTR, "read a vCPU's TSC offset")?;
@@ -335,7 +386,13 @@ mod tests {
 
     #[test]
     fn splits_an_msi_address() {
-        let entry = msi_route(24, MsiMessage { address: 0x1_fee0_1000, data: 7 });
+        let entry = msi_route(
+            24,
+            MsiMessage {
+                address: 0x1_fee0_1000,
+                data: 7,
+            },
+        );
         // SAFETY: the entry was made as an MSI route, so this is the live field.
         let msi = unsafe { entry.u.msi };
         assert_eq!((msi.address_lo, msi.address_hi, msi.data), (0xfee0_1000, 1, 7));

@@ -77,7 +77,15 @@ impl Legacy {
         pio.insert(layout::I8042_DATA_PORT.into(), i8042::PORTS, i8042.clone())?;
         pio.insert(layout::RTC_PORT.into(), rtc::PORTS, rtc)?;
         pio.insert(layout::GED_PORT.into(), ged::PORTS, ged.clone())?;
-        Ok(Self { serial, i8042, ged, reset, power_off, room, on_stdio: path.is_none() })
+        Ok(Self {
+            serial,
+            i8042,
+            ged,
+            reset,
+            power_off,
+            room,
+            on_stdio: path.is_none(),
+        })
     }
 
     /// Signalled when the guest resets the machine.

@@ -1,1 +1,27 @@
-//! The Mayfly virtual machine monitor.
+//! The VM process: from a config or API requests to a running machine. The binary `mayfly` is a thin shell around it.
+//!
+//! Reading order: [`config`] (what the user asks), [`api`] (requests to actions), [`controller`] (actions carried out),
+//! [`vm`] (the machine), [`boot`] and [`device_set`] (what it is made of).
+
+pub mod api;
+pub mod args;
+pub mod boot;
+mod boot_timer;
+pub mod clock;
+pub mod config;
+pub mod control_loop;
+pub mod controller;
+pub mod device_set;
+pub mod error;
+pub mod event_loop;
+pub mod kvm;
+pub mod legacy;
+pub mod logger;
+pub mod memory;
+pub mod metrics;
+mod pci_wiring;
+pub mod signals;
+pub mod terminal;
+pub mod vcpu;
+pub mod vm;
+pub mod x86_64;

@@ -18,7 +18,10 @@ use log::{LevelFilter, Log, Metadata, Record};
 use crate::config::LoggerConfig;
 
 /// The process's only logger.
-pub static LOGGER: Logger = Logger { settings: Mutex::new(Settings::new()), missed: AtomicU64::new(0) };
+pub static LOGGER: Logger = Logger {
+    settings: Mutex::new(Settings::new()),
+    missed: AtomicU64::new(0),
+};
 
 struct Settings {
     id: String,
@@ -30,7 +33,13 @@ struct Settings {
 
 impl Settings {
     const fn new() -> Self {
-        Self { id: String::new(), file: None, show_level: false, show_origin: false, module: None }
+        Self {
+            id: String::new(),
+            file: None,
+            show_level: false,
+            show_origin: false,
+            module: None,
+        }
     }
 }
 
@@ -83,7 +92,11 @@ impl Log for Logger {
     fn log(&self, record: &Record<'_>) {
         let mut settings = self.lock();
         let target = record.module_path().unwrap_or_else(|| record.target());
-        if settings.module.as_ref().is_some_and(|module| !target.starts_with(module.as_str())) {
+        if settings
+            .module
+            .as_ref()
+            .is_some_and(|module| !target.starts_with(module.as_str()))
+        {
             return;
         }
         let line = settings.line(record);
@@ -108,7 +121,11 @@ impl Settings {
             line.push_str(record.level().as_str());
         }
         if self.show_origin {
-            line.push_str(&format!(":{}:{}", record.file().unwrap_or("?"), record.line().unwrap_or(0)));
+            line.push_str(&format!(
+                ":{}:{}",
+                record.file().unwrap_or("?"),
+                record.line().unwrap_or(0)
+            ));
         }
         line.push_str(&format!("] {}\n", record.args()));
         line
@@ -128,7 +145,9 @@ pub fn open_sink(path: &Path) -> io::Result<File> {
 
 /// The local time with nanoseconds.
 fn timestamp() -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
     let seconds = libc::time_t::try_from(now.as_secs()).unwrap_or(0);
     // SAFETY: needed because the standard library knows no time zones. Both pointers are to live values of the right
     // type, and a zeroed `tm` is a valid one.

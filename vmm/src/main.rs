@@ -1,2 +1,181 @@
-//! The `mayfly` process.
-fn main() {}
+//! The process `mayfly`: one VM. It reads the command line, opens the log and the API socket, starts the `api` thread
+//! and becomes the control thread.
+
+use std::io;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use api_server::{Request, Responder, Server, ServerConfig, SocketFile};
+use vmm::api;
+use vmm::args::{self, Args, ArgsError, Command};
+use vmm::config::MetricsConfig;
+use vmm::control_loop::{self, ControlLoop, Exit, Inbox};
+use vmm::controller::{self, Controller, Instance};
+use vmm::error::chain;
+use vmm::logger::LOGGER;
+use vmm::metrics::RequestMetrics;
+use vmm::signals::{self, Termination};
+use vmm::vm::Settings;
+
+/// Exit codes that orchestrators know.
+const GENERIC_ERROR: u8 = 1;
+const BAD_CONFIGURATION: u8 = 152;
+const BAD_ARGUMENTS: u8 = 153;
+
+fn main() -> ExitCode {
+    let args = match args::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Run(args)) => args,
+        Ok(Command::Help) => {
+            print!("{}", args::HELP);
+            return ExitCode::SUCCESS;
+        }
+        Ok(Command::Version) => {
+            println!(
+                "Mayfly v{} (Firecracker API v{})",
+                env!("CARGO_PKG_VERSION"),
+                controller::API_VERSION
+            );
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("mayfly: {error}\nFor more information try --help.");
+            let bad_level = matches!(error, ArgsError::Level(_));
+            return ExitCode::from(if bad_level {
+                BAD_CONFIGURATION
+            } else {
+                BAD_ARGUMENTS
+            });
+        }
+    };
+    match run(&args) {
+        Ok(Exit::Code(code)) => {
+            log::info!(
+                "Mayfly exiting {}. exit_code={code}",
+                if code == 0 { "successfully" } else { "with error" }
+            );
+            ExitCode::from(code)
+        }
+        Ok(Exit::Signal(signal)) => {
+            log::info!("Mayfly exiting after signal {signal}.");
+            signals::die_by(signal)
+        }
+        Err(error) => {
+            vmm::terminal::restore();
+            let text = chain(&*error);
+            log::error!("{text}");
+            eprintln!("mayfly: {text}");
+            log::info!("Mayfly exiting with error. exit_code={GENERIC_ERROR}");
+            ExitCode::from(GENERIC_ERROR)
+        }
+    }
+}
+
+type Fatal = Box<dyn std::error::Error>;
+
+fn run(args: &Args) -> Result<Exit, Fatal> {
+    LOGGER.install(&args.id);
+    controller::configure_logger(&args.logger)?;
+    let termination = signals::install()?;
+    vmm::kvm::install_kick_handler()?;
+    log::info!("Running Mayfly v{}", env!("CARGO_PKG_VERSION"));
+
+    let requests = Arc::new(RequestMetrics::default());
+    let (mut control, inbox) = control_loop(args, termination, Arc::clone(&requests))?;
+    // Removed when this function returns, whichever way.
+    let _socket = match &args.api_sock {
+        Some(path) => {
+            let (listener, socket) = SocketFile::bind(path)?;
+            signals::remove_on_fault(path);
+            let config = ServerConfig {
+                max_body: args.max_payload,
+                ..ServerConfig::default()
+            };
+            serve(Server::from_listener(listener, config)?, inbox, requests)?;
+            Some(socket)
+        }
+        None => None,
+    };
+    if let Some(path) = &args.config_file {
+        let config = controller::read_config_file(path)?;
+        control.controller().start_from(config)?;
+        log::info!("Successfully started microvm that was configured from one single json");
+    }
+    Ok(control.run()?)
+}
+
+fn control_loop(
+    args: &Args,
+    termination: Termination,
+    requests: Arc<RequestMetrics>,
+) -> Result<(ControlLoop, Inbox), Fatal> {
+    let settings = Settings {
+        pci: args.pci,
+        boot_timer: args.boot_timer.then(vmm::clock::now_us),
+    };
+    let startup_us = (vmm::clock::since_us(args.start_time_us), vmm::clock::cpu_us(args));
+    let mut controller = Controller::new(
+        Instance {
+            id: args.id.clone(),
+            settings,
+            startup_us,
+        },
+        requests,
+    );
+    if let Some(path) = &args.metrics_path {
+        controller.set_metrics(&MetricsConfig {
+            metrics_path: path.clone(),
+        })?;
+    }
+    Ok(ControlLoop::new(controller, termination)?)
+}
+
+/// Starts the `api` thread: it parses requests and hands actions to the control thread.
+fn serve(mut server: Server, inbox: Inbox, metrics: Arc<RequestMetrics>) -> io::Result<()> {
+    let mut handler = move |request: Request, responder: Responder| {
+        log_request(&request);
+        match api::route(&request, &metrics) {
+            Ok(api::Routed { action, deprecated }) => {
+                inbox.send(control_loop::Request {
+                    action,
+                    responder,
+                    deprecated,
+                });
+            }
+            Err(error) => {
+                let response = api_server::Response::fault(400, &error.to_string());
+                control_loop::log_response(&response);
+                responder.send(response);
+            }
+        }
+    };
+    let work = move || {
+        if let Err(error) = server.run(&mut handler) {
+            log::error!("The API server has stopped: {}", chain(&error));
+        }
+    };
+    std::thread::Builder::new()
+        .name("api".into())
+        .stack_size(256 << 10)
+        .spawn(work)?;
+    Ok(())
+}
+
+fn log_request(request: &Request) {
+    if !log::log_enabled!(log::Level::Info) {
+        return;
+    }
+    let method = match request.method {
+        api_server::Method::Get => "Get",
+        api_server::Method::Put => "Put",
+        api_server::Method::Patch => "Patch",
+        api_server::Method::Delete => "Delete",
+    };
+    let path = &request.path;
+    match &request.body {
+        Some(body) => {
+            let body = String::from_utf8_lossy(body);
+            log::info!("The API server received a {method} request on {path:?} with body {body:?}.");
+        }
+        None => log::info!("The API server received a {method} request on {path:?}."),
+    }
+}

@@ -8,9 +8,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, null_mut};
 
-use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use crate::x86_64::layout;
 
@@ -119,10 +117,16 @@ pub fn map_private_file(
     size: u64,
 ) -> Result<(), MemoryError> {
     let range_error = || MemoryError::Range { start: start.0, size };
-    let map_error = |source| MemoryError::MapFile { start: start.0, size, source };
+    let map_error = |source| MemoryError::MapFile {
+        start: start.0,
+        size,
+        source,
+    };
 
     let length = usize::try_from(size).map_err(|_| range_error())?;
-    let whole_pages = [start.0, offset, size].iter().all(|number| number % layout::PAGE_SIZE == 0);
+    let whole_pages = [start.0, offset, size]
+        .iter()
+        .all(|number| number % layout::PAGE_SIZE == 0);
     if !whole_pages || length == 0 {
         return Err(range_error());
     }
@@ -216,7 +220,10 @@ impl Reservation {
         if ptr::eq(start, libc::MAP_FAILED) {
             return Err(io::Error::last_os_error());
         }
-        Ok(Reservation { start: start.cast(), length })
+        Ok(Reservation {
+            start: start.cast(),
+            length,
+        })
     }
 
     /// Gives back the first `length` bytes.

@@ -65,8 +65,13 @@ impl RequestMetrics {
 }
 
 /// Values that a line holds as they are, and not as a difference.
-const ABSOLUTE: [&str; 5] =
-    ["process_startup_time_us", "process_startup_time_cpu_us", "min_us", "max_us", "utc_timestamp_ms"];
+const ABSOLUTE: [&str; 5] = [
+    "process_startup_time_us",
+    "process_startup_time_cpu_us",
+    "min_us",
+    "max_us",
+    "utc_timestamp_ms",
+];
 
 /// The sink of metrics lines.
 #[derive(Default)]
@@ -110,7 +115,11 @@ fn difference(now: &Value, before: &Value) -> Value {
         Value::Object(map) => {
             let lessened = map.iter().map(|(key, value)| {
                 let absolute = ABSOLUTE.contains(&key.as_str()) || key == "latencies_us";
-                let value = if absolute { value.clone() } else { difference(value, &before[key]) };
+                let value = if absolute {
+                    value.clone()
+                } else {
+                    difference(value, &before[key])
+                };
                 (key.clone(), value)
             });
             Value::Object(lessened.collect())
@@ -156,15 +165,27 @@ mod tests {
         let before = json!({"block": {"read_count": 3, "read_agg": {"max_us": 9, "sum_us": 10}}, "new": 0});
         let now = json!({"block": {"read_count": 5, "read_agg": {"max_us": 9, "sum_us": 14}}, "new": 2});
         let line = difference(&now, &before);
-        assert_eq!(line, json!({"block": {"read_count": 2, "read_agg": {"max_us": 9, "sum_us": 4}}, "new": 2}));
+        assert_eq!(
+            line,
+            json!({"block": {"read_count": 2, "read_agg": {"max_us": 9, "sum_us": 4}}, "new": 2})
+        );
     }
 
     #[test]
     fn sums_devices_of_one_kind() {
         let mut sum = Map::new();
-        add_to_sum(&mut sum, &json!({"a": 1, "agg": {"min_us": 4, "max_us": 9, "sum_us": 1}}));
-        add_to_sum(&mut sum, &json!({"a": 2, "agg": {"min_us": 3, "max_us": 7, "sum_us": 1}}));
-        assert_eq!(Value::Object(sum), json!({"a": 3, "agg": {"min_us": 3, "max_us": 9, "sum_us": 2}}));
+        add_to_sum(
+            &mut sum,
+            &json!({"a": 1, "agg": {"min_us": 4, "max_us": 9, "sum_us": 1}}),
+        );
+        add_to_sum(
+            &mut sum,
+            &json!({"a": 2, "agg": {"min_us": 3, "max_us": 7, "sum_us": 1}}),
+        );
+        assert_eq!(
+            Value::Object(sum),
+            json!({"a": 3, "agg": {"min_us": 3, "max_us": 9, "sum_us": 2}})
+        );
     }
 
     #[test]
@@ -172,6 +193,9 @@ mod tests {
         let requests = RequestMetrics::default();
         requests.count("put_api_requests", "drive", false);
         requests.count("put_api_requests", "drive", true);
-        assert_eq!(requests.to_json(), json!({"put_api_requests": {"drive_count": 2, "drive_fails": 1}}));
+        assert_eq!(
+            requests.to_json(),
+            json!({"put_api_requests": {"drive_count": 2, "drive_fails": 1}})
+        );
     }
 }

@@ -45,7 +45,10 @@ pub fn remove_on_fault(socket: &Path) {
 }
 
 extern "C" fn on_fatal(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    let code = FATAL.iter().find(|(known, _)| *known == signal).map_or(2, |(_, code)| *code);
+    let code = FATAL
+        .iter()
+        .find(|(known, _)| *known == signal)
+        .map_or(2, |(_, code)| *code);
     terminal::restore();
     let mut text = *b"mayfly: shutting down after signal   \n";
     let digits = u8::try_from(signal).unwrap_or(0);

@@ -73,11 +73,25 @@ pub struct VcpuHandle {
 impl VcpuHandle {
     /// Starts the thread of a vCPU; it waits parked for the first [`VcpuHandle::resume`].
     pub fn spawn(id: u8, vcpu: VcpuFd, exit: ImmediateExit, shared: Arc<VcpuShared>) -> io::Result<Self> {
-        let gate = Arc::new(Gate { wish: AtomicU8::new(Wish::Pause as u8), ..Gate::default() });
-        let runner = Runner { id, vcpu, gate: Arc::clone(&gate), shared };
-        let builder = thread::Builder::new().name(format!("vcpu {id}")).stack_size(256 << 10);
+        let gate = Arc::new(Gate {
+            wish: AtomicU8::new(Wish::Pause as u8),
+            ..Gate::default()
+        });
+        let runner = Runner {
+            id,
+            vcpu,
+            gate: Arc::clone(&gate),
+            shared,
+        };
+        let builder = thread::Builder::new()
+            .name(format!("vcpu {id}"))
+            .stack_size(256 << 10);
         let thread = builder.spawn(move || runner.work())?;
-        Ok(Self { gate, exit, thread: Some(thread) })
+        Ok(Self {
+            gate,
+            exit,
+            thread: Some(thread),
+        })
     }
 
     /// Asks the vCPU to leave guest code and park. Returns at once; see [`VcpuHandle::wait_parked`].
@@ -88,7 +102,12 @@ impl VcpuHandle {
     /// Waits until the vCPU is parked.
     pub fn wait_parked(&self) {
         let state = self.gate.lock();
-        drop(self.gate.changed.wait_while(state, |state| !state.parked).unwrap_or_else(PoisonError::into_inner));
+        drop(
+            self.gate
+                .changed
+                .wait_while(state, |state| !state.parked)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
     }
 
     /// Lets the vCPU run; `hidden_ticks` host TSC ticks have not happened for the guest.
@@ -170,7 +189,10 @@ impl Runner {
         state.parked = true;
         gate.changed.notify_all();
         let waiting = |_: &mut GateState| gate.wish() == Wish::Pause;
-        state = gate.changed.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner);
+        state = gate
+            .changed
+            .wait_while(state, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
         state.parked = false;
         let ticks = std::mem::take(&mut state.hidden_ticks);
         drop(state);
@@ -184,7 +206,12 @@ impl Runner {
             let mut state = self.gate.lock();
             state.parked = true;
             self.gate.changed.notify_all();
-            drop(self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner));
+            drop(
+                self.gate
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
+            );
         }
     }
 
@@ -194,7 +221,10 @@ impl Runner {
             return;
         }
         if let Err(error) = kvm::shift_tsc(&self.vcpu, ticks) {
-            log::debug!("vCPU {}: the guest's TSC goes on over the pause: {error}", self.id);
+            log::debug!(
+                "vCPU {}: the guest's TSC goes on over the pause: {error}",
+                self.id
+            );
         }
     }
 

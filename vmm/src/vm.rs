@@ -115,9 +115,16 @@ impl Vm {
         let mut command_line = boot::command_line(&config)?;
         let pci = settings.pci && !command_line.contains("pci=off");
 
-        let io_loop = IoLoop::spawn("io 0").map_err(|source| VmError::Host { op: "start an io loop", source })?;
-        let platform =
-            Platform { vm: Arc::clone(&vm), mmio: Arc::clone(&mmio), memory: memory.clone(), host: Arc::new(io_loop) };
+        let io_loop = IoLoop::spawn("io 0").map_err(|source| VmError::Host {
+            op: "start an io loop",
+            source,
+        })?;
+        let platform = Platform {
+            vm: Arc::clone(&vm),
+            mmio: Arc::clone(&mmio),
+            memory: memory.clone(),
+            host: Arc::new(io_loop),
+        };
         let mut devices = DeviceSet::new(platform, &pio, pci)?;
         for device in device_configs(&config) {
             devices.attach(device)?;
@@ -127,19 +134,48 @@ impl Vm {
             crate::boot_timer::insert(&mmio, start)?;
         }
 
-        let plan = boot::Plan { config: &config, command_line: &command_line, pci, mmio_devices: devices.mmio_places() };
+        let plan = boot::Plan {
+            config: &config,
+            command_line: &command_line,
+            pci,
+            mmio_devices: devices.mmio_places(),
+        };
         let entry = boot::load(&memory.memory(), &plan)?;
         let ended = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        let ended = ended.map_err(|source| VmError::Host { op: "make an event descriptor", source })?;
+        let ended = ended.map_err(|source| VmError::Host {
+            op: "make an event descriptor",
+            source,
+        })?;
         let metrics = Arc::new(VcpuMetrics::default());
-        let shared = Arc::new(VcpuShared { pio, mmio, metrics, ended, reason: Mutex::default() });
+        let shared = Arc::new(VcpuShared {
+            pio,
+            mmio,
+            metrics,
+            ended,
+            reason: Mutex::default(),
+        });
         let vcpus = boot::create_vcpus(&kvm, &vm, &memory.memory(), &config.machine_config, entry)?
             .into_iter()
             .map(|(id, fd, exit)| VcpuHandle::spawn(id, fd, exit, Arc::clone(&shared)))
             .collect::<io::Result<Vec<_>>>()
-            .map_err(|source| VmError::Host { op: "start a vCPU's thread", source })?;
-        let pause = Some(Pause { kvmclock: vm.clock()?, host_tsc: host_tsc() });
-        Ok(Self { vcpus, shared, devices, legacy, kvm: vm, pause, config, _memory: memory })
+            .map_err(|source| VmError::Host {
+                op: "start a vCPU's thread",
+                source,
+            })?;
+        let pause = Some(Pause {
+            kvmclock: vm.clock()?,
+            host_tsc: host_tsc(),
+        });
+        Ok(Self {
+            vcpus,
+            shared,
+            devices,
+            legacy,
+            kvm: vm,
+            pause,
+            config,
+            _memory: memory,
+        })
     }
 
     /// What the machine was built from, with the changes since.
@@ -159,7 +195,10 @@ impl Vm {
         }
         self.vcpus.iter().for_each(VcpuHandle::pause);
         self.vcpus.iter().for_each(VcpuHandle::wait_parked);
-        self.pause = Some(Pause { kvmclock: self.kvm.clock()?, host_tsc: host_tsc() });
+        self.pause = Some(Pause {
+            kvmclock: self.kvm.clock()?,
+            host_tsc: host_tsc(),
+        });
         self.devices.pause();
         log::info!("The microVM is paused.");
         Ok(())
@@ -196,7 +235,10 @@ impl Vm {
 
     /// Presses the guest's power button.
     pub fn press_power_button(&mut self) -> Result<(), VmError> {
-        self.legacy.power_button().map_err(|source| VmError::Host { op: "press the power button", source })
+        self.legacy.power_button().map_err(|source| VmError::Host {
+            op: "press the power button",
+            source,
+        })
     }
 
     /// Gives input to the guest's console; returns how many bytes it took.
@@ -236,7 +278,9 @@ impl Vm {
 fn device_configs(config: &VmConfig) -> impl Iterator<Item = DeviceConfig> {
     let drives = config.drives.iter().cloned().map(DeviceConfig::Block);
     let nets = config.network_interfaces.iter().cloned().map(DeviceConfig::Net);
-    drives.chain(nets).chain(config.entropy.clone().map(DeviceConfig::Entropy))
+    drives
+        .chain(nets)
+        .chain(config.entropy.clone().map(DeviceConfig::Entropy))
 }
 
 /// The host's time stamp counter.

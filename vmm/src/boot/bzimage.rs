@@ -20,11 +20,22 @@ const XLF_KERNEL_64: u16 = 1 << 0;
 /// Loads a bzImage whose first two sectors are `head`.
 pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<LoadedKernel, KernelError> {
     let path = || image.path().to_owned();
-    let short = || KernelError::Damaged { path: path(), what: "its setup header is cut short" };
+    let short = || KernelError::Damaged {
+        path: path(),
+        what: "its setup header is cut short",
+    };
     let half = |offset| field(head, offset).map(u16::from_le_bytes).ok_or_else(short);
-    let word = |offset| field(head, offset).map(u32::from_le_bytes).map(u64::from).ok_or_else(short);
+    let word = |offset| {
+        field(head, offset)
+            .map(u32::from_le_bytes)
+            .map(u64::from)
+            .ok_or_else(short)
+    };
     if half(0x206)? < MIN_VERSION || half(0x236)? & XLF_KERNEL_64 == 0 {
-        return Err(KernelError::Unsuitable { path: path(), what: "it has no 64-bit entry (needs Linux 3.8 or later)" });
+        return Err(KernelError::Unsuitable {
+            path: path(),
+            what: "it has no 64-bit entry (needs Linux 3.8 or later)",
+        });
     }
     let sectors = match head[SETUP_HEADER] {
         0 => 4,
@@ -49,11 +60,16 @@ pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<L
 
 /// The lowest address above 1 MiB with the kernel's alignment.
 fn aligned(alignment: u64) -> u64 {
-    if alignment.is_power_of_two() { layout::HIGH_MEMORY.next_multiple_of(alignment) } else { layout::HIGH_MEMORY }
+    if alignment.is_power_of_two() {
+        layout::HIGH_MEMORY.next_multiple_of(alignment)
+    } else {
+        layout::HIGH_MEMORY
+    }
 }
 
 /// The first place with room for `needed` bytes.
 fn choose(memory: &GuestMemory, image: &Image, places: [u64; 2], needed: u64) -> Result<u64, KernelError> {
-    let fits = |address: u64| check_room(memory, image, address, address.checked_add(needed)).map(|_| address);
+    let fits =
+        |address: u64| check_room(memory, image, address, address.checked_add(needed)).map(|_| address);
     fits(places[0]).or_else(|_| fits(places[1]))
 }

@@ -20,7 +20,9 @@ const INIT_ARGUMENTS: &str = "--";
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommandLineError {
     /// Too many characters.
-    #[error("the kernel command line has {length} characters, and at most {MAX_LENGTH} fit: shorten boot_args")]
+    #[error(
+        "the kernel command line has {length} characters, and at most {MAX_LENGTH} fit: shorten boot_args"
+    )]
     TooLong {
         /// Its length with everything that the devices add.
         length: usize,
@@ -52,7 +54,10 @@ impl CommandLine {
         check_characters(&text)?;
         check_length(text.len())?;
         let (kernel, init) = split_init_arguments(text.trim());
-        Ok(CommandLine { kernel: kernel.trim_end().to_owned(), init: init.map(str::to_owned) })
+        Ok(CommandLine {
+            kernel: kernel.trim_end().to_owned(),
+            init: init.map(str::to_owned),
+        })
     }
 
     /// Adds a parameter after the others, before the arguments of init.
@@ -69,7 +74,9 @@ impl CommandLine {
 
     /// Whether the kernel's part has a parameter of this name, with or without a value.
     pub fn contains(&self, name: &str) -> bool {
-        self.kernel.split(' ').any(|parameter| parameter.split('=').next() == Some(name))
+        self.kernel
+            .split(' ')
+            .any(|parameter| parameter.split('=').next() == Some(name))
     }
 
     /// The whole line.
@@ -90,11 +97,18 @@ impl CommandLine {
 }
 
 fn check_length(length: usize) -> Result<(), CommandLineError> {
-    if length > MAX_LENGTH { Err(CommandLineError::TooLong { length }) } else { Ok(()) }
+    if length > MAX_LENGTH {
+        Err(CommandLineError::TooLong { length })
+    } else {
+        Ok(())
+    }
 }
 
 fn check_characters(text: &str) -> Result<(), CommandLineError> {
-    match text.char_indices().find(|(_, character)| !matches!(character, ' '..='~')) {
+    match text
+        .char_indices()
+        .find(|(_, character)| !matches!(character, ' '..='~'))
+    {
         Some((position, character)) => Err(CommandLineError::Character { character, position }),
         None => Ok(()),
     }
@@ -129,7 +143,10 @@ mod tests {
 
     #[test]
     fn parameters_are_added_at_the_end() {
-        assert_eq!(with("console=ttyS0 panic=1", "root=/dev/vda"), "console=ttyS0 panic=1 root=/dev/vda");
+        assert_eq!(
+            with("console=ttyS0 panic=1", "root=/dev/vda"),
+            "console=ttyS0 panic=1 root=/dev/vda"
+        );
     }
 
     #[test]
@@ -139,7 +156,10 @@ mod tests {
 
     #[test]
     fn parameters_are_added_before_the_arguments_of_init() {
-        assert_eq!(with("quiet -- /bin/sh -c true", "ro"), "quiet ro -- /bin/sh -c true");
+        assert_eq!(
+            with("quiet -- /bin/sh -c true", "ro"),
+            "quiet ro -- /bin/sh -c true"
+        );
         assert_eq!(with("-- single", "ro"), "ro -- single");
         assert_eq!(with("quiet --", "ro"), "quiet ro -- ");
     }
@@ -153,21 +173,30 @@ mod tests {
     #[test]
     fn takes_2047_characters_and_no_more() {
         assert!(CommandLine::new(&"x".repeat(2047)).is_ok());
-        assert_eq!(CommandLine::new(&"x".repeat(2048)), Err(CommandLineError::TooLong { length: 2048 }));
+        assert_eq!(
+            CommandLine::new(&"x".repeat(2048)),
+            Err(CommandLineError::TooLong { length: 2048 })
+        );
     }
 
     #[test]
     fn an_addition_that_does_not_fit_changes_nothing() {
         let mut line = CommandLine::new(&"x".repeat(2040)).unwrap();
 
-        assert_eq!(line.push("1234567"), Err(CommandLineError::TooLong { length: 2048 }));
+        assert_eq!(
+            line.push("1234567"),
+            Err(CommandLineError::TooLong { length: 2048 })
+        );
         assert_eq!(line.push("123456"), Ok(()));
         assert_eq!(line.as_string().len(), 2047);
     }
 
     #[test]
     fn refuses_control_and_foreign_characters() {
-        let newline = CommandLineError::Character { character: '\n', position: 1 };
+        let newline = CommandLineError::Character {
+            character: '\n',
+            position: 1,
+        };
         assert_eq!(CommandLine::new("a\nb"), Err(newline));
         assert!(CommandLine::new("a\0b").is_err());
         assert!(CommandLine::new("naïve").is_err());
@@ -185,7 +214,9 @@ mod tests {
     #[test]
     fn is_written_with_its_nul() {
         let memory = memory::create(1).unwrap();
-        memory.write_slice(&[0xff; 16], GuestAddress(layout::COMMAND_LINE)).unwrap();
+        memory
+            .write_slice(&[0xff; 16], GuestAddress(layout::COMMAND_LINE))
+            .unwrap();
 
         CommandLine::new("quiet").unwrap().write(&memory).unwrap();
 

@@ -40,19 +40,35 @@ pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<L
     for segment in segments.iter().filter(|s| s.kind == PT_LOAD) {
         place(memory, image, segment)?;
     }
-    let pvh = segments.iter().filter(|s| s.kind == PT_NOTE).find_map(|s| pvh_entry(image, s).transpose());
+    let pvh = segments
+        .iter()
+        .filter(|s| s.kind == PT_NOTE)
+        .find_map(|s| pvh_entry(image, s).transpose());
     let entry = match pvh.transpose()? {
         Some(address) => Entry::Pvh(GuestAddress(address.into())),
         None => Entry::Linux64(GuestAddress(entry)),
     };
     // The kernel maps its initrd below 4 GiB; 2 GiB is what its oldest boot protocol allows.
-    Ok(LoadedKernel { entry, end: loaded, initrd_max: 0x7fff_ffff, setup_header: None })
+    Ok(LoadedKernel {
+        entry,
+        end: loaded,
+        initrd_max: 0x7fff_ffff,
+        setup_header: None,
+    })
 }
 
 fn parse(image: &Image, head: &[u8]) -> Result<(u64, Vec<Segment>), KernelError> {
-    let damaged = |what| KernelError::Damaged { path: image.path().to_owned(), what };
-    let unsuitable = |what| KernelError::Unsuitable { path: image.path().to_owned(), what };
-    let header: &[u8; HEADER_SIZE] = head.first_chunk().ok_or_else(|| damaged("its ELF header is cut short"))?;
+    let damaged = |what| KernelError::Damaged {
+        path: image.path().to_owned(),
+        what,
+    };
+    let unsuitable = |what| KernelError::Unsuitable {
+        path: image.path().to_owned(),
+        what,
+    };
+    let header: &[u8; HEADER_SIZE] = head
+        .first_chunk()
+        .ok_or_else(|| damaged("its ELF header is cut short"))?;
     let half = |offset| field(header, offset).map_or(0, u16::from_le_bytes);
     let long = |offset| field(header, offset).map_or(0, u64::from_le_bytes);
     if header[4] != CLASS_64 || header[5] != LITTLE_ENDIAN || half(18) != MACHINE_X86_64 {
@@ -79,7 +95,10 @@ fn segment(header: &[u8]) -> Segment {
 
 /// Checks all segments before the first is placed; gives the end of the last.
 fn check_layout(memory: &GuestMemory, image: &Image, segments: &[Segment]) -> Result<u64, KernelError> {
-    let damaged = |what| KernelError::Damaged { path: image.path().to_owned(), what };
+    let damaged = |what| KernelError::Damaged {
+        path: image.path().to_owned(),
+        what,
+    };
     let mut ranges = Vec::new();
     for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
         if segment.file_size > segment.memory_size {
@@ -93,11 +112,19 @@ fn check_layout(memory: &GuestMemory, image: &Image, segments: &[Segment]) -> Re
     if ranges.windows(2).any(|pair| pair[0].1 > pair[1].0) {
         return Err(damaged("its segments overlap"));
     }
-    Ok(ranges.last().ok_or_else(|| damaged("it has no loadable segment"))?.1)
+    Ok(ranges
+        .last()
+        .ok_or_else(|| damaged("it has no loadable segment"))?
+        .1)
 }
 
 fn place(memory: &GuestMemory, image: &Image, segment: &Segment) -> Result<(), KernelError> {
-    let Segment { offset, address, file_size, .. } = *segment;
+    let Segment {
+        offset,
+        address,
+        file_size,
+        ..
+    } = *segment;
     let copy = |from: u64, to: u64| {
         let place = (memory, GuestAddress(address + from));
         image.read_to_guest("segments", offset + from, to - from, place)
@@ -106,14 +133,20 @@ fn place(memory: &GuestMemory, image: &Image, segment: &Segment) -> Result<(), K
     let first = address.next_multiple_of(PAGE_SIZE) - address;
     let last = ((address + file_size) / PAGE_SIZE * PAGE_SIZE).saturating_sub(address);
     if offset % PAGE_SIZE != address % PAGE_SIZE || first >= last {
-        return Ok(if file_size > 0 { copy(0, file_size)? });
+        return Ok(if file_size > 0 {
+            copy(0, file_size)?
+        });
     }
     if first > 0 {
         copy(0, first)?;
     }
     let start = GuestAddress(address + first);
-    memory::map_private_file(memory, start, image.file(), offset + first, last - first)
-        .map_err(|source| KernelError::Map { path: image.path().to_owned(), source })?;
+    memory::map_private_file(memory, start, image.file(), offset + first, last - first).map_err(
+        |source| KernelError::Map {
+            path: image.path().to_owned(),
+            source,
+        },
+    )?;
     if last < file_size {
         copy(last, file_size)?;
     }
@@ -126,8 +159,12 @@ fn pvh_entry(image: &Image, segment: &Segment) -> Result<Option<u32>, KernelErro
     let notes = image.read("notes", segment.offset, length)?;
     let mut rest = &notes[..];
     while let (Some(name_size), Some(data_size), Some(kind)) = (word(rest, 0), word(rest, 4), word(rest, 8)) {
-        let Some(data) = padded(name_size).and_then(|size| size.checked_add(12)) else { break };
-        let Some(next) = padded(data_size).and_then(|size| size.checked_add(data)) else { break };
+        let Some(data) = padded(name_size).and_then(|size| size.checked_add(12)) else {
+            break;
+        };
+        let Some(next) = padded(data_size).and_then(|size| size.checked_add(data)) else {
+            break;
+        };
         if kind == NOTE_PHYS32_ENTRY && rest.get(12..16) == Some(b"Xen\0") {
             return Ok(word(rest, data));
         }

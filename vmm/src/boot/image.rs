@@ -102,17 +102,37 @@ pub struct Image {
 impl Image {
     /// Opens the file at `path` for reading.
     pub fn open(kind: ImageKind, path: &Path) -> Result<Image, ImageError> {
-        let open_error = |source| ImageError::Open { kind, path: path.to_owned(), source };
+        let open_error = |source| ImageError::Open {
+            kind,
+            path: path.to_owned(),
+            source,
+        };
         let file = open_without_blocking(path).map_err(open_error)?;
         let metadata = file.metadata().map_err(open_error)?;
         if !metadata.is_file() {
-            let found = if metadata.is_dir() { "a directory" } else { "not a regular file" };
-            return Err(ImageError::NotAFile { kind, path: path.to_owned(), found });
+            let found = if metadata.is_dir() {
+                "a directory"
+            } else {
+                "not a regular file"
+            };
+            return Err(ImageError::NotAFile {
+                kind,
+                path: path.to_owned(),
+                found,
+            });
         }
         if metadata.len() == 0 {
-            return Err(ImageError::Empty { kind, path: path.to_owned() });
+            return Err(ImageError::Empty {
+                kind,
+                path: path.to_owned(),
+            });
         }
-        Ok(Image { kind, path: path.to_owned(), file, size: metadata.len() })
+        Ok(Image {
+            kind,
+            path: path.to_owned(),
+            file,
+            size: metadata.len(),
+        })
     }
 
     /// The path that the image was opened by.
@@ -135,7 +155,13 @@ impl Image {
         let end = offset.saturating_add(length);
         if end > self.size {
             let Image { kind, size, .. } = *self;
-            return Err(ImageError::Truncated { kind, path: self.path.clone(), size, end, part });
+            return Err(ImageError::Truncated {
+                kind,
+                path: self.path.clone(),
+                size,
+                end,
+                part,
+            });
         }
         Ok(())
     }
@@ -144,7 +170,9 @@ impl Image {
     pub fn read(&self, part: &'static str, offset: u64, length: usize) -> Result<Vec<u8>, ImageError> {
         self.check_range(part, offset, length as u64)?;
         let mut bytes = vec![0; length];
-        self.file.read_exact_at(&mut bytes, offset).map_err(|source| self.read_error(part, source))?;
+        self.file
+            .read_exact_at(&mut bytes, offset)
+            .map_err(|source| self.read_error(part, source))?;
         Ok(bytes)
     }
 
@@ -167,14 +195,22 @@ impl Image {
     }
 
     fn read_error(&self, part: &'static str, source: io::Error) -> ImageError {
-        ImageError::Read { kind: self.kind, path: self.path.clone(), part, source }
+        ImageError::Read {
+            kind: self.kind,
+            path: self.path.clone(),
+            part,
+            source,
+        }
     }
 }
 
 /// Opening a pipe that nobody writes to would wait for ever.
 fn open_without_blocking(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
 }
 
 #[cfg(test)]
@@ -188,14 +224,20 @@ mod tests {
     fn names_a_missing_file() {
         let error = Image::open(ImageKind::Kernel, Path::new("/nonexistent/vmlinux")).unwrap_err();
 
-        assert_eq!(error.to_string(), "cannot open the kernel image /nonexistent/vmlinux");
+        assert_eq!(
+            error.to_string(),
+            "cannot open the kernel image /nonexistent/vmlinux"
+        );
     }
 
     #[test]
     fn refuses_a_directory() {
         let error = Image::open(ImageKind::Initrd, Path::new("/")).unwrap_err();
 
-        assert_eq!(error.to_string(), "the initrd / is a directory: give the path of a regular file");
+        assert_eq!(
+            error.to_string(),
+            "the initrd / is a directory: give the path of a regular file"
+        );
     }
 
     #[test]
@@ -206,7 +248,10 @@ mod tests {
         // SAFETY: the path is a valid C string.
         assert_eq!(unsafe { libc::mkfifo(c_path.as_ptr(), 0o600) }, 0);
 
-        assert!(matches!(Image::open(ImageKind::Kernel, &path), Err(ImageError::NotAFile { .. })));
+        assert!(matches!(
+            Image::open(ImageKind::Kernel, &path),
+            Err(ImageError::NotAFile { .. })
+        ));
     }
 
     #[test]
@@ -215,7 +260,10 @@ mod tests {
         let path = folder.as_path().join("empty");
         std::fs::write(&path, "").unwrap();
 
-        assert!(matches!(Image::open(ImageKind::Kernel, &path), Err(ImageError::Empty { .. })));
+        assert!(matches!(
+            Image::open(ImageKind::Kernel, &path),
+            Err(ImageError::Empty { .. })
+        ));
     }
 
     #[test]
@@ -227,7 +275,10 @@ mod tests {
 
         let message = image.read("header", 4, 2).unwrap_err().to_string();
 
-        assert!(message.ends_with("it has 5 bytes, and 6 are needed for its header"), "{message}");
+        assert!(
+            message.ends_with("it has 5 bytes, and 6 are needed for its header"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -238,8 +289,13 @@ mod tests {
         let image = Image::open(ImageKind::Initrd, &path).unwrap();
         let memory = memory::create(1).unwrap();
 
-        image.read_to_guest("content", 3, 4, (&memory, GuestAddress(0x100))).unwrap();
+        image
+            .read_to_guest("content", 3, 4, (&memory, GuestAddress(0x100)))
+            .unwrap();
 
-        assert_eq!(memory.read_obj::<[u8; 5]>(GuestAddress(0x100)).unwrap(), *b"3456\0");
+        assert_eq!(
+            memory.read_obj::<[u8; 5]>(GuestAddress(0x100)).unwrap(),
+            *b"3456\0"
+        );
     }
 }

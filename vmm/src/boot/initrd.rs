@@ -43,10 +43,16 @@ pub fn load(memory: &GuestMemory, image: &Image, kernel: &LoadedKernel) -> Resul
     let low = memory.iter().next().map_or(0, |region| region.last_addr().0 + 1);
     let top = low.min(kernel.initrd_max.saturating_add(1));
     let (size, bottom) = (image.size(), kernel.end.next_multiple_of(PAGE_SIZE));
-    let address = top.checked_sub(size).map(|address| address / PAGE_SIZE * PAGE_SIZE);
+    let address = top
+        .checked_sub(size)
+        .map(|address| address / PAGE_SIZE * PAGE_SIZE);
     let Some(address) = address.filter(|address| *address >= bottom) else {
         let free = top.saturating_sub(bottom);
-        return Err(InitrdError::NoRoom { path: image.path().to_owned(), size, free });
+        return Err(InitrdError::NoRoom {
+            path: image.path().to_owned(),
+            size,
+            free,
+        });
     };
     image.read_to_guest("contents", 0, size, (memory, GuestAddress(address)))?;
     Ok(Initrd { address, size })

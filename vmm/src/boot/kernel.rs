@@ -84,14 +84,20 @@ pub enum KernelError {
 /// Loads the kernel in `image`.
 pub fn load(memory: &GuestMemory, image: &Image) -> Result<LoadedKernel, KernelError> {
     // Both formats show themselves within the first two sectors.
-    let head = image.read("headers", 0, usize::try_from(image.size().min(1024)).expect("at most 1024"))?;
+    let head = image.read(
+        "headers",
+        0,
+        usize::try_from(image.size().min(1024)).expect("at most 1024"),
+    )?;
     if head.starts_with(b"\x7fELF") {
         return elf::load(memory, image, &head);
     }
     if head.get(0x202..0x206) == Some(b"HdrS") {
         return bzimage::load(memory, image, &head);
     }
-    Err(KernelError::NotAKernel { path: image.path().to_owned() })
+    Err(KernelError::NotAKernel {
+        path: image.path().to_owned(),
+    })
 }
 
 /// Checks that `start..end` is RAM that a kernel may take: above the first MiB and within one region.
@@ -102,14 +108,21 @@ pub(super) fn check_room(
     end: Option<u64>,
 ) -> Result<u64, KernelError> {
     let path = || image.path().to_owned();
-    let end = end.ok_or_else(|| KernelError::Damaged { path: path(), what: "an address overflows" })?;
+    let end = end.ok_or_else(|| KernelError::Damaged {
+        path: path(),
+        what: "an address overflows",
+    })?;
     if start < layout::HIGH_MEMORY {
         let what = "it wants to be loaded below 1 MiB";
         return Err(KernelError::Unsuitable { path: path(), what });
     }
     let region = memory.find_region(GuestAddress(start));
     if region.is_none_or(|region| end - 1 > region.last_addr().0) {
-        return Err(KernelError::NoRoom { path: path(), start, end });
+        return Err(KernelError::NoRoom {
+            path: path(),
+            start,
+            end,
+        });
     }
     Ok(end)
 }

@@ -67,7 +67,11 @@ pub struct Plan<'a> {
 
 /// The user's command line, or the default.
 pub fn command_line(config: &VmConfig) -> Result<CommandLine, BootError> {
-    let text = config.boot_source.boot_args.as_deref().unwrap_or(cmdline::DEFAULT);
+    let text = config
+        .boot_source
+        .boot_args
+        .as_deref()
+        .unwrap_or(cmdline::DEFAULT);
     Ok(CommandLine::new(text)?)
 }
 
@@ -126,14 +130,22 @@ pub fn create_vcpus(
     entry: Entry,
 ) -> Result<Vec<(u8, VcpuFd, ImmediateExit)>, BootError> {
     let supported = kvm::supported_cpuid(kvm)?;
-    let threads_per_core = if machine.smt && machine.vcpu_count > 1 { 2 } else { 1 };
-    let topology = Topology { vcpus: machine.vcpu_count, threads_per_core };
+    let threads_per_core = if machine.smt && machine.vcpu_count > 1 {
+        2
+    } else {
+        1
+    };
+    let topology = Topology {
+        vcpus: machine.vcpu_count,
+        threads_per_core,
+    };
     let deadline = vm.has_tsc_deadline();
     let make = |id| {
         let (vcpu, exit) = vm.create_vcpu(id)?;
         // CPUID first: it decides which registers there are.
         let cpuid = cpuid::build(&supported, id, topology, deadline);
-        vcpu.set_cpuid2(&cpuid).map_err(VcpuStateError::kvm("set the CPUID"))?;
+        vcpu.set_cpuid2(&cpuid)
+            .map_err(VcpuStateError::kvm("set the CPUID"))?;
         msrs::set_boot_msrs(&vcpu)?;
         registers::set_local_interrupts(&vcpu)?;
         if id == 0 {

@@ -23,14 +23,34 @@ struct Range {
 /// The guest's memory map.
 fn memory_map(memory: &GuestMemory) -> Vec<Range> {
     let mut map = vec![
-        Range { start: 0, end: layout::EBDA, kind: RAM },
-        Range { start: layout::EBDA, end: layout::LEGACY_VIDEO, kind: RESERVED },
-        Range { start: layout::ACPI_TABLES.start, end: layout::ACPI_TABLES.end, kind: RESERVED },
-        Range { start: layout::PCI_ECAM.start, end: layout::PCI_ECAM.end, kind: RESERVED },
+        Range {
+            start: 0,
+            end: layout::EBDA,
+            kind: RAM,
+        },
+        Range {
+            start: layout::EBDA,
+            end: layout::LEGACY_VIDEO,
+            kind: RESERVED,
+        },
+        Range {
+            start: layout::ACPI_TABLES.start,
+            end: layout::ACPI_TABLES.end,
+            kind: RESERVED,
+        },
+        Range {
+            start: layout::PCI_ECAM.start,
+            end: layout::PCI_ECAM.end,
+            kind: RESERVED,
+        },
     ];
     map.extend(memory.iter().map(|region| {
         let start = region.start_addr().0.max(layout::HIGH_MEMORY);
-        Range { start, end: region.last_addr().0 + 1, kind: RAM }
+        Range {
+            start,
+            end: region.last_addr().0 + 1,
+            kind: RAM,
+        }
     }));
     map.sort_by_key(|range| range.start);
     map
@@ -120,5 +140,7 @@ pub(super) fn write_zero_page(
 
 /// The low half: what is placed for a boot lies below 4 GiB.
 fn low(value: u64) -> [u8; 4] {
-    u32::try_from(value).expect("boot structures and initrds lie below 4 GiB").to_le_bytes()
+    u32::try_from(value)
+        .expect("boot structures and initrds lie below 4 GiB")
+        .to_le_bytes()
 }

@@ -35,7 +35,11 @@ fn large_ram_leaves_the_hole_free() {
 fn regions_start_where_huge_pages_start() {
     let memory = create(4 * 1024 + 1).unwrap();
 
-    assert!(memory.iter().all(|region| region.as_ptr().addr() % HUGE_PAGE == 0));
+    assert!(
+        memory
+            .iter()
+            .all(|region| region.as_ptr().addr() % HUGE_PAGE == 0)
+    );
 }
 
 #[test]
@@ -66,7 +70,10 @@ fn refuses_no_ram() {
 fn refuses_more_ram_than_the_cpu_addresses_and_names_the_limit() {
     let message = create(u64::MAX).unwrap_err().to_string();
 
-    assert!(message.starts_with("18446744073709551615 MiB of RAM are more than"), "{message}");
+    assert!(
+        message.starts_with("18446744073709551615 MiB of RAM are more than"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -92,7 +99,13 @@ fn refuses_a_file_mapping_past_the_end_of_the_file() {
 
     let result = map_private_file(&memory, GuestAddress(0), &file, 0, 2 * PAGE);
 
-    assert!(matches!(result, Err(MemoryError::PastEndOfFile { file_size: 4097, end: 8192 })));
+    assert!(matches!(
+        result,
+        Err(MemoryError::PastEndOfFile {
+            file_size: 4097,
+            end: 8192
+        })
+    ));
 }
 
 #[test]

@@ -48,11 +48,19 @@ mod feature {
 
 /// The CPUID of the vCPU with APIC id `id`, made from what KVM supports.
 pub fn build(supported: &CpuId, id: u8, topology: Topology, tsc_deadline: bool) -> CpuId {
-    let mut entries: Vec<_> = supported.as_slice().iter().filter(|entry| !is_replaced(entry)).copied().collect();
+    let mut entries: Vec<_> = supported
+        .as_slice()
+        .iter()
+        .filter(|entry| !is_replaced(entry))
+        .copied()
+        .collect();
     for entry in &mut entries {
         adapt(entry, id, topology, tsc_deadline);
     }
-    let max_leaf = entries.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
+    let max_leaf = entries
+        .iter()
+        .find(|entry| entry.function == 0)
+        .map_or(0, |entry| entry.eax);
     for leaf in [0xb, 0x1f] {
         if leaf <= max_leaf {
             entries.extend(extended_topology(leaf, id, topology));
@@ -104,7 +112,11 @@ fn adapt(entry: &mut kvm_cpuid_entry2, id: u8, topology: Topology, tsc_deadline:
 /// the others are a core's. Bits 26 and up are zero.
 fn cache_sharing(eax: u32, topology: Topology) -> u32 {
     let level = eax >> 5 & 0x7;
-    let bits = if level >= 3 { topology.package_bits() } else { topology.thread_bits() };
+    let bits = if level >= 3 {
+        topology.package_bits()
+    } else {
+        topology.thread_bits()
+    };
     eax & 0x3fff | ((1 << bits) - 1) << 14
 }
 
@@ -133,20 +145,41 @@ fn extended_topology(function: u32, id: u8, topology: Topology) -> [kvm_cpuid_en
 mod tests {
     use super::*;
 
-    const FOUR: Topology = Topology { vcpus: 4, threads_per_core: 2 };
+    const FOUR: Topology = Topology {
+        vcpus: 4,
+        threads_per_core: 2,
+    };
 
     fn leaf(function: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
-        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
     }
 
-    fn built(entries: &[kvm_cpuid_entry2], id: u8, topology: Topology, deadline: bool) -> Vec<kvm_cpuid_entry2> {
-        build(&CpuId::from_entries(entries).unwrap(), id, topology, deadline).as_slice().to_vec()
+    fn built(
+        entries: &[kvm_cpuid_entry2],
+        id: u8,
+        topology: Topology,
+        deadline: bool,
+    ) -> Vec<kvm_cpuid_entry2> {
+        build(&CpuId::from_entries(entries).unwrap(), id, topology, deadline)
+            .as_slice()
+            .to_vec()
     }
 
     #[test]
     fn leaks_no_nested_virtualization() {
-        let host = [leaf(1, [0, 0, u32::MAX, 0]), leaf(0x8000_0001, [0, 0, u32::MAX, 0]), leaf(0x8000_000a, [1; 4])];
+        let host = [
+            leaf(1, [0, 0, u32::MAX, 0]),
+            leaf(0x8000_0001, [0, 0, u32::MAX, 0]),
+            leaf(0x8000_000a, [1; 4]),
+        ];
         let guest = built(&host, 0, FOUR, true);
         assert_eq!(guest.len(), 2);
         assert_eq!((guest[0].ecx & (1 << 5), guest[1].ecx & (1 << 2)), (0, 0));
@@ -155,16 +188,26 @@ mod tests {
     #[test]
     fn shows_a_hypervisor_and_the_deadline_timer_that_kvm_has() {
         assert_eq!(built(&[leaf(1, [0; 4])], 0, FOUR, true)[0].ecx, 1 << 31 | 1 << 24);
-        assert_eq!(built(&[leaf(1, [0, 0, 1 << 24, 0])], 0, FOUR, false)[0].ecx, 1 << 31);
+        assert_eq!(
+            built(&[leaf(1, [0, 0, 1 << 24, 0])], 0, FOUR, false)[0].ecx,
+            1 << 31
+        );
     }
 
     #[test]
     fn numbers_the_vcpu_in_every_topology_leaf() {
-        let host = [leaf(0, [0x1f, 0, 0, 0]), leaf(1, [0; 4]), leaf(0x8000_001e, [0; 4])];
+        let host = [
+            leaf(0, [0x1f, 0, 0, 0]),
+            leaf(1, [0; 4]),
+            leaf(0x8000_001e, [0; 4]),
+        ];
         let guest = built(&host, 3, FOUR, true);
         assert_eq!(guest[1].ebx, 3 << 24 | 4 << 16);
         assert_eq!((guest[2].eax, guest[2].ebx), (3, 1 | 1 << 8));
-        let extended: Vec<_> = guest[3..].iter().map(|e| (e.function, e.eax, e.ebx, e.ecx, e.edx)).collect();
+        let extended: Vec<_> = guest[3..]
+            .iter()
+            .map(|e| (e.function, e.eax, e.ebx, e.ecx, e.edx))
+            .collect();
         assert_eq!(
             extended,
             [
@@ -180,8 +223,16 @@ mod tests {
 
     #[test]
     fn a_single_vcpu_is_no_multiprocessor() {
-        let one = Topology { vcpus: 1, threads_per_core: 1 };
-        let guest = built(&[leaf(1, [0, 0, 0, u32::MAX]), leaf(0x8000_0008, [0, 0, 0xffff, 0])], 0, one, true);
+        let one = Topology {
+            vcpus: 1,
+            threads_per_core: 1,
+        };
+        let guest = built(
+            &[leaf(1, [0, 0, 0, u32::MAX]), leaf(0x8000_0008, [0, 0, 0xffff, 0])],
+            0,
+            one,
+            true,
+        );
         assert_eq!((guest[0].edx & (1 << 28), guest[0].ebx >> 16), (0, 1));
         assert_eq!(guest[1].ecx & 0xf0ff, 0);
     }
@@ -193,7 +244,12 @@ mod tests {
 
     #[test]
     fn shares_the_third_cache_among_all() {
-        let guest = built(&[leaf(4, [1 | 1 << 5, 0, 0, 0]), leaf(4, [3 | 3 << 5, 0, 0, 0])], 0, FOUR, true);
+        let guest = built(
+            &[leaf(4, [1 | 1 << 5, 0, 0, 0]), leaf(4, [3 | 3 << 5, 0, 0, 0])],
+            0,
+            FOUR,
+            true,
+        );
         assert_eq!((guest[0].eax >> 14 & 0xfff, guest[1].eax >> 14 & 0xfff), (1, 3));
         assert_eq!(guest[0].eax >> 26, 1);
     }

@@ -113,7 +113,10 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 /// The register window of the `index`th virtio-mmio device and its interrupt line; `None` past the last one.
 pub fn virtio_mmio_device(index: usize) -> Option<(u64, u32)> {
     let gsi = *VIRTIO_MMIO_GSIS.get(index)?;
-    Some((VIRTIO_MMIO_BASE + u64::try_from(index).ok()? * VIRTIO_MMIO_SIZE, gsi))
+    Some((
+        VIRTIO_MMIO_BASE + u64::try_from(index).ok()? * VIRTIO_MMIO_SIZE,
+        gsi,
+    ))
 }
 
 /// The interrupt line that pin INTA of the PCI device in `slot` is wired to.
@@ -126,7 +129,10 @@ pub fn ram_ranges(size: u64) -> Vec<Range<u64>> {
     if size <= HOLE.start {
         return vec![0..size];
     }
-    vec![0..HOLE.start, HOLE.end..HOLE.end.saturating_add(size - HOLE.start)]
+    vec![
+        0..HOLE.start,
+        HOLE.end..HOLE.end.saturating_add(size - HOLE.start),
+    ]
 }
 
 #[cfg(test)]
@@ -147,14 +153,21 @@ mod tests {
 
     #[test]
     fn ram_beyond_the_hole_continues_at_4_gib() {
-        assert_eq!(ram_ranges(5120 * MIB), [0..0xc000_0000, 0x1_0000_0000..0x1_8000_0000]);
+        assert_eq!(
+            ram_ranges(5120 * MIB),
+            [0..0xc000_0000, 0x1_0000_0000..0x1_8000_0000]
+        );
     }
 
     #[test]
     fn no_virtio_mmio_interrupt_line_is_taken_by_a_legacy_device() {
         let taken = [0, I8042_GSI, 2, SERIAL_GSI, RTC_GSI, GED_GSI];
 
-        assert!(VIRTIO_MMIO_GSIS.iter().all(|gsi| !taken.contains(gsi) && *gsi < IOAPIC_LINES));
+        assert!(
+            VIRTIO_MMIO_GSIS
+                .iter()
+                .all(|gsi| !taken.contains(gsi) && *gsi < IOAPIC_LINES)
+        );
     }
 
     #[test]

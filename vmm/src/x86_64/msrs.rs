@@ -23,16 +23,34 @@ const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// Sets them. The guest's CPUID must be set before.
 pub fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
-    let zero = [SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, STAR, LSTAR, CSTAR, SYSCALL_MASK, KERNEL_GS_BASE];
-    let set = [(MISC_ENABLE, FAST_STRING), (MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK)];
+    let zero = [
+        SYSENTER_CS,
+        SYSENTER_ESP,
+        SYSENTER_EIP,
+        STAR,
+        LSTAR,
+        CSTAR,
+        SYSCALL_MASK,
+        KERNEL_GS_BASE,
+    ];
+    let set = [
+        (MISC_ENABLE, FAST_STRING),
+        (MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+    ];
     let entries: Vec<_> = zero
         .map(|index| (index, 0))
         .into_iter()
         .chain(set)
-        .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() })
+        .map(|(index, data)| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        })
         .collect();
     let msrs = Msrs::from_entries(&entries).expect("a handful");
-    let count = vcpu.set_msrs(&msrs).map_err(VcpuStateError::kvm("set the model specific registers"))?;
+    let count = vcpu
+        .set_msrs(&msrs)
+        .map_err(VcpuStateError::kvm("set the model specific registers"))?;
     match entries.get(count) {
         Some(refused) => Err(VcpuStateError::Msr { index: refused.index }),
         None => Ok(()),

@@ -30,18 +30,44 @@ const HUGE_PAGE: u64 = 0x83;
 pub fn set_entry_state(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Result<(), VcpuStateError> {
     let long_mode = matches!(entry, Entry::Linux64(_));
     let regs = match entry {
-        Entry::Pvh(address) => kvm_regs { rip: address.0, rbx: layout::PVH_START_INFO, ..empty_regs() },
-        Entry::Linux64(address) => kvm_regs { rip: address.0, rsi: layout::ZERO_PAGE, ..empty_regs() },
+        Entry::Pvh(address) => kvm_regs {
+            rip: address.0,
+            rbx: layout::PVH_START_INFO,
+            ..empty_regs()
+        },
+        Entry::Linux64(address) => kvm_regs {
+            rip: address.0,
+            rsi: layout::ZERO_PAGE,
+            ..empty_regs()
+        },
     };
-    vcpu.set_regs(&regs).map_err(VcpuStateError::kvm("set the registers"))?;
-    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
-    vcpu.set_fpu(&fpu).map_err(VcpuStateError::kvm("set the floating point registers"))?;
+    vcpu.set_regs(&regs)
+        .map_err(VcpuStateError::kvm("set the registers"))?;
+    let fpu = kvm_fpu {
+        fcw: 0x37f,
+        mxcsr: 0x1f80,
+        ..Default::default()
+    };
+    vcpu.set_fpu(&fpu)
+        .map_err(VcpuStateError::kvm("set the floating point registers"))?;
 
-    let mut sregs = vcpu.get_sregs().map_err(VcpuStateError::kvm("read the special registers"))?;
+    let mut sregs = vcpu
+        .get_sregs()
+        .map_err(VcpuStateError::kvm("read the special registers"))?;
     let (code, data) = (segment(1, TYPE_CODE, long_mode), segment(2, TYPE_DATA, false));
-    let tss = kvm_segment { s: 0, g: 0, db: 0, limit: 0x67, ..segment(3, TYPE_TSS, false) };
+    let tss = kvm_segment {
+        s: 0,
+        g: 0,
+        db: 0,
+        limit: 0x67,
+        ..segment(3, TYPE_TSS, false)
+    };
     write_gdt(memory, &[code, data, tss])?;
-    sregs.gdt = kvm_dtable { base: layout::BOOT_GDT, limit: 4 * 8 - 1, ..Default::default() };
+    sregs.gdt = kvm_dtable {
+        base: layout::BOOT_GDT,
+        limit: 4 * 8 - 1,
+        ..Default::default()
+    };
     sregs.idt = kvm_dtable::default();
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -55,7 +81,8 @@ pub fn set_entry_state(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Res
         sregs.cr4 |= CR4_PAE;
         sregs.efer |= EFER_LME | EFER_LMA;
     }
-    vcpu.set_sregs(&sregs).map_err(VcpuStateError::kvm("set the special registers"))
+    vcpu.set_sregs(&sregs)
+        .map_err(VcpuStateError::kvm("set the special registers"))
 }
 
 /// Connects the local APIC's pins as on a PC: LINT0 to the interrupt controllers, LINT1 to NMIs.
@@ -64,17 +91,26 @@ pub fn set_local_interrupts(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     const LINT1: usize = 0x360;
     const DELIVER_EXTINT: u32 = 7 << 8;
     const DELIVER_NMI: u32 = 4 << 8;
-    let mut lapic = vcpu.get_lapic().map_err(VcpuStateError::kvm("read the local APIC"))?;
+    let mut lapic = vcpu
+        .get_lapic()
+        .map_err(VcpuStateError::kvm("read the local APIC"))?;
     for (register, mode) in [(LINT0, DELIVER_EXTINT), (LINT1, DELIVER_NMI)] {
-        for (byte, value) in lapic.regs[register..register + 4].iter_mut().zip(mode.to_le_bytes()) {
+        for (byte, value) in lapic.regs[register..register + 4]
+            .iter_mut()
+            .zip(mode.to_le_bytes())
+        {
             *byte = value.cast_signed();
         }
     }
-    vcpu.set_lapic(&lapic).map_err(VcpuStateError::kvm("set the local APIC"))
+    vcpu.set_lapic(&lapic)
+        .map_err(VcpuStateError::kvm("set the local APIC"))
 }
 
 fn empty_regs() -> kvm_regs {
-    kvm_regs { rflags: RFLAGS_RESERVED, ..Default::default() }
+    kvm_regs {
+        rflags: RFLAGS_RESERVED,
+        ..Default::default()
+    }
 }
 
 /// A flat segment with the selector of the given entry of the boot GDT.
@@ -105,7 +141,11 @@ fn write_gdt(memory: &GuestMemory, segments: &[kvm_segment; 3]) -> Result<(), Vc
 
 /// The segment as a descriptor of the GDT (Intel SDM 3A §3.4.5).
 fn descriptor(segment: &kvm_segment) -> u64 {
-    let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
+    let limit = u64::from(if segment.g == 1 {
+        segment.limit >> 12
+    } else {
+        segment.limit
+    });
     let access = u64::from(segment.type_ | segment.s << 4 | segment.dpl << 5 | segment.present << 7);
     let flags = u64::from(segment.l << 1 | segment.db << 2 | segment.g << 3);
     limit & 0xffff | segment.base & 0xff_ffff << 16 | access << 40 | (limit >> 16 & 0xf) << 48 | flags << 52
@@ -115,7 +155,9 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 fn write_page_tables(memory: &GuestMemory) -> Result<(), VcpuStateError> {
     let page = |index: u64| layout::BOOT_PAGE_TABLES + index * layout::PAGE_SIZE;
     let write = |value: u64, address: u64| {
-        memory.write_obj(value, GuestAddress(address)).map_err(|source| VcpuStateError::Memory { source })
+        memory
+            .write_obj(value, GuestAddress(address))
+            .map_err(|source| VcpuStateError::Memory { source })
     };
     write(page(1) | TABLE, page(0))?;
     for directory in 0..4 {

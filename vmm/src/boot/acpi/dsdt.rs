@@ -60,14 +60,20 @@ fn legacy_devices(aml: &mut Vec<u8>) {
                     &name("_HID", &EISAName::new("PNP0501")),
                     &name("_UID", &ZERO),
                     &name("_DDN", &"COM1"),
-                    &name("_CRS", &ResourceTemplate::new(vec![&serial_resources.1, &serial_resources.0])),
+                    &name(
+                        "_CRS",
+                        &ResourceTemplate::new(vec![&serial_resources.1, &serial_resources.0]),
+                    ),
                 ],
             ),
             &Device::new(
                 path("KBD_"),
                 vec![
                     &name("_HID", &EISAName::new("PNP0303")),
-                    &name("_CRS", &ResourceTemplate::new(vec![&keyboard[0], &keyboard[1], &keyboard_interrupt])),
+                    &name(
+                        "_CRS",
+                        &ResourceTemplate::new(vec![&keyboard[0], &keyboard[1], &keyboard_interrupt]),
+                    ),
                 ],
             ),
             &Device::new(
@@ -96,7 +102,10 @@ fn power(aml: &mut Vec<u8>) {
     Scope::new(
         path("_SB_"),
         vec![
-            &Device::new(path("PWRB"), vec![&name("_HID", &EISAName::new("PNP0C0C")), &name("_UID", &ZERO)]),
+            &Device::new(
+                path("PWRB"),
+                vec![&name("_HID", &EISAName::new("PNP0C0C")), &name("_UID", &ZERO)],
+            ),
             &Device::new(
                 path("GED_"),
                 vec![
@@ -134,7 +143,10 @@ fn processors(aml: &mut Vec<u8>, count: u8) {
         let device = format!("C{id:03}");
         Scope::new(
             path("_SB_"),
-            vec![&Device::new(path(&device), vec![&name("_HID", &"ACPI0007"), &name("_UID", &id)])],
+            vec![&Device::new(
+                path(&device),
+                vec![&name("_HID", &"ACPI0007"), &name("_UID", &id)],
+            )],
         )
         .to_aml_bytes(aml);
     }

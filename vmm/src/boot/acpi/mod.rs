@@ -51,7 +51,10 @@ pub enum AcpiError {
 /// Writes all tables; gives the address of the RSDP.
 pub fn build(memory: &GuestMemory, machine: &AcpiMachine<'_>) -> Result<GuestAddress, AcpiError> {
     let rsdp_at = GuestAddress(layout::ACPI_TABLES.start);
-    let mut area = Area { memory, next: layout::ACPI_TABLES.start + Rsdp::len() as u64 };
+    let mut area = Area {
+        memory,
+        next: layout::ACPI_TABLES.start + Rsdp::len() as u64,
+    };
     let dsdt = area.append(dsdt::build(machine).as_slice())?;
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(area.append(fadt(dsdt).as_slice())?);
@@ -78,7 +81,10 @@ impl Area<'_> {
         let end = start + table.len() as u64;
         if end > layout::ACPI_TABLES.end {
             let limit = layout::ACPI_TABLES.end - layout::ACPI_TABLES.start;
-            return Err(AcpiError::TooLarge { size: end - layout::ACPI_TABLES.start, limit });
+            return Err(AcpiError::TooLarge {
+                size: end - layout::ACPI_TABLES.start,
+                limit,
+            });
         }
         self.memory.write_slice(table, GuestAddress(start))?;
         self.next = end;
@@ -123,20 +129,37 @@ fn fadt(dsdt: u64) -> Sdt {
     table.write_u8(CENTURY, rtc::CENTURY);
     table.write_u16(BOOT_ARCHITECTURE, HAS_8042 | NO_VGA | NO_ASPM);
     let buttons = POWER_BUTTON_IS_A_DEVICE | SLEEP_BUTTON_IS_A_DEVICE;
-    table.write_u32(FLAGS, WBINVD | buttons | RESET_REGISTER_SUPPORTED | HARDWARE_REDUCED);
-    table.write(RESET_REGISTER, GenericAddress::io_port_address::<u8>(layout::I8042_COMMAND_PORT));
+    table.write_u32(
+        FLAGS,
+        WBINVD | buttons | RESET_REGISTER_SUPPORTED | HARDWARE_REDUCED,
+    );
+    table.write(
+        RESET_REGISTER,
+        GenericAddress::io_port_address::<u8>(layout::I8042_COMMAND_PORT),
+    );
     table.write_u8(RESET_VALUE, layout::I8042_RESET);
     table.write_u8(MINOR_VERSION, 5);
     table.write_u64(X_DSDT, dsdt);
-    table.write(SLEEP_CONTROL, GenericAddress::io_port_address::<u8>(layout::SLEEP_CONTROL_PORT));
-    table.write(SLEEP_STATUS, GenericAddress::io_port_address::<u8>(layout::SLEEP_STATUS_PORT));
+    table.write(
+        SLEEP_CONTROL,
+        GenericAddress::io_port_address::<u8>(layout::SLEEP_CONTROL_PORT),
+    );
+    table.write(
+        SLEEP_STATUS,
+        GenericAddress::io_port_address::<u8>(layout::SLEEP_STATUS_PORT),
+    );
     table.write_bytes(HYPERVISOR, b"MAYFLY\0\0");
     table
 }
 
 /// The Multiple APIC Description Table (ACPI 6.5 §5.2.12). The legacy interrupt controller is not announced.
 fn madt(machine: &AcpiMachine<'_>) -> MADT {
-    let mut table = MADT::new(OEM, TABLE, REVISION, LocalInterruptController::Address(layout::LOCAL_APIC));
+    let mut table = MADT::new(
+        OEM,
+        TABLE,
+        REVISION,
+        LocalInterruptController::Address(layout::LOCAL_APIC),
+    );
     for id in 0..machine.vcpus {
         table.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
@@ -165,7 +188,9 @@ mod tests {
     fn tables(memory: &GuestMemory, rsdp: GuestAddress) -> Vec<Vec<u8>> {
         let xsdt = table(memory, memory.read_obj(GuestAddress(rsdp.0 + 24)).unwrap());
         let entries = xsdt[36..].as_chunks::<8>().0.iter();
-        entries.map(|address| table(memory, u64::from_le_bytes(*address))).collect()
+        entries
+            .map(|address| table(memory, u64::from_le_bytes(*address)))
+            .collect()
     }
 
     fn sum(bytes: &[u8]) -> u8 {
@@ -174,20 +199,34 @@ mod tests {
 
     #[test]
     fn every_table_has_its_checksum() {
-        let machine = AcpiMachine { vcpus: 32, pci: true, mmio_devices: &[] };
+        let machine = AcpiMachine {
+            vcpus: 32,
+            pci: true,
+            mmio_devices: &[],
+        };
         let (memory, rsdp) = built(&machine);
         let all = tables(&memory, rsdp);
-        let names: Vec<_> = all.iter().map(|table| String::from_utf8_lossy(&table[..4]).into_owned()).collect();
+        let names: Vec<_> = all
+            .iter()
+            .map(|table| String::from_utf8_lossy(&table[..4]).into_owned())
+            .collect();
         assert_eq!(names, ["FACP", "APIC", "MCFG"]);
         assert!(all.iter().all(|table| sum(table) == 0));
         let mut root = [0; 36];
         memory.read_slice(&mut root, rsdp).unwrap();
-        assert_eq!((&root[..8], sum(&root[..20]), sum(&root)), (&b"RSD PTR "[..], 0, 0));
+        assert_eq!(
+            (&root[..8], sum(&root[..20]), sum(&root)),
+            (&b"RSD PTR "[..], 0, 0)
+        );
     }
 
     #[test]
     fn the_fadt_points_to_a_sound_dsdt() {
-        let (memory, rsdp) = built(&AcpiMachine { vcpus: 1, pci: false, mmio_devices: &[(0xc000_1000, 5)] });
+        let (memory, rsdp) = built(&AcpiMachine {
+            vcpus: 1,
+            pci: false,
+            mmio_devices: &[(0xc000_1000, 5)],
+        });
         let fadt = tables(&memory, rsdp).remove(0);
         let dsdt = table(&memory, u64::from_le_bytes(fadt[140..148].try_into().unwrap()));
         assert_eq!((&dsdt[..4], sum(&dsdt)), (&b"DSDT"[..], 0));
@@ -196,7 +235,11 @@ mod tests {
 
     #[test]
     fn a_machine_without_pci_has_no_mcfg() {
-        let (memory, rsdp) = built(&AcpiMachine { vcpus: 1, pci: false, mmio_devices: &[] });
+        let (memory, rsdp) = built(&AcpiMachine {
+            vcpus: 1,
+            pci: false,
+            mmio_devices: &[],
+        });
         assert!(tables(&memory, rsdp).iter().all(|table| &table[..4] != b"MCFG"));
     }
 }

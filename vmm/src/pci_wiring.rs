@@ -1,0 +1,187 @@
+//! What connects PCI devices to KVM: BARs on the bus with their notification addresses, MSI routes, interrupt lines.
+//!
+//! vCPU threads get here when the guest moves a BAR or programs an interrupt; the data path does not, except for a
+//! guest that uses interrupt lines instead of MSI-X.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::bus::{Bus, SharedDevice};
+use devices::pci::{BarMapper, IntxLine, MsiMessage, MsiRouter};
+use devices::virtio::pci::{BAR_LEN, PciVirtio};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::kvm::{self, KvmError};
+use crate::x86_64::layout;
+
+/// The BARs of all slots.
+pub(crate) struct Bars {
+    mmio: Arc<Bus>,
+    vm: Arc<kvm::Vm>,
+    slots: Mutex<BTreeMap<u8, Registers>>,
+}
+
+/// The registers behind a BAR, and what a write to each queue's notification address signals.
+#[derive(Clone)]
+struct Registers {
+    device: SharedDevice,
+    kicks: Vec<Arc<EventFd>>,
+}
+
+impl Bars {
+    /// No BARs yet.
+    pub(crate) fn new(mmio: Arc<Bus>, vm: Arc<kvm::Vm>) -> Self {
+        Self {
+            mmio,
+            vm,
+            slots: Mutex::default(),
+        }
+    }
+
+    /// Makes a slot's registers known; they are mapped when the guest enables them.
+    pub(crate) fn add(&self, slot: u8, device: SharedDevice, kicks: Vec<Arc<EventFd>>) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.insert(slot, Registers { device, kicks });
+    }
+
+    fn map(&self, at: u64, registers: &Registers) -> io::Result<()> {
+        let window = layout::PCI_MEMORY_WINDOW;
+        if at < window.start || at > window.end - BAR_LEN {
+            return Err(io::Error::other("it is outside the window of PCI devices"));
+        }
+        self.mmio
+            .insert(at, BAR_LEN, Arc::clone(&registers.device))
+            .map_err(io::Error::other)?;
+        for (queue, kick) in (0u16..).zip(&registers.kicks) {
+            if let Err(error) = self
+                .vm
+                .register_ioevent(kick, PciVirtio::notify_address(at, queue))
+            {
+                self.unmap(at, &registers.kicks[..usize::from(queue)]);
+                return Err(io::Error::other(error));
+            }
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, at: u64, kicks: &[Arc<EventFd>]) {
+        self.mmio.remove(at);
+        for (queue, kick) in (0u16..).zip(kicks) {
+            if let Err(error) = self
+                .vm
+                .unregister_ioevent(kick, PciVirtio::notify_address(at, queue))
+            {
+                log::warn!("{}", crate::error::chain(&error));
+            }
+        }
+    }
+}
+
+impl BarMapper for Bars {
+    fn moved(&self, slot: u8, old: Option<u64>, new: Option<u64>) -> io::Result<()> {
+        let registers = self
+            .slots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&slot)
+            .cloned();
+        let registers = registers.ok_or(io::ErrorKind::NotFound)?;
+        if let Some(old) = old {
+            self.unmap(old, &registers.kicks);
+        }
+        new.map_or(Ok(()), |new| self.map(new, &registers))
+    }
+}
+
+/// The GSIs behind a device's MSI-X vectors.
+pub(crate) struct MsiGsis {
+    vm: Arc<kvm::Vm>,
+    gsis: Vec<u32>,
+}
+
+impl MsiGsis {
+    /// Takes `count` GSIs.
+    pub(crate) fn new(vm: Arc<kvm::Vm>, count: usize) -> Result<Self, KvmError> {
+        let mut this = Self { vm, gsis: Vec::new() };
+        for _ in 0..count {
+            this.gsis.push(this.vm.allocate_msi()?);
+        }
+        Ok(this)
+    }
+
+    /// Lets a write to each descriptor raise the vector with its index.
+    pub(crate) fn bind<'a>(&self, irqfds: impl Iterator<Item = &'a EventFd>) -> Result<(), KvmError> {
+        irqfds
+            .zip(&self.gsis)
+            .try_for_each(|(fd, gsi)| self.vm.register_irqfd(fd, *gsi))
+    }
+}
+
+impl MsiRouter for MsiGsis {
+    fn route(&self, vector: u16, message: MsiMessage) -> io::Result<()> {
+        let gsi = self
+            .gsis
+            .get(usize::from(vector))
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        self.vm.route_msi(*gsi, message).map_err(io::Error::other)
+    }
+}
+
+impl Drop for MsiGsis {
+    fn drop(&mut self) {
+        self.gsis.iter().for_each(|gsi| self.vm.free_msi(*gsi));
+    }
+}
+
+/// The interrupt lines of the bus. Slots share them, so a line is released when its last slot lets go.
+pub(crate) struct Lines {
+    vm: Arc<kvm::Vm>,
+    lines: [Arc<Mutex<u32>>; 8],
+}
+
+/// The end of a line in one slot.
+struct Pin {
+    vm: Arc<kvm::Vm>,
+    gsi: u32,
+    slot: u8,
+    /// A bit per slot that asserts the line.
+    asserted: Arc<Mutex<u32>>,
+}
+
+impl Lines {
+    /// All lines released.
+    pub(crate) fn new(vm: Arc<kvm::Vm>) -> Self {
+        Self {
+            vm,
+            lines: Default::default(),
+        }
+    }
+
+    /// The line that pin A of `slot` drives.
+    pub(crate) fn connect(&self, slot: u8) -> Arc<dyn IntxLine> {
+        let gsi = layout::pci_intx_gsi(slot);
+        let asserted = Arc::clone(&self.lines[usize::from(slot % 8)]);
+        Arc::new(Pin {
+            vm: Arc::clone(&self.vm),
+            gsi,
+            slot,
+            asserted,
+        })
+    }
+}
+
+impl IntxLine for Pin {
+    fn set(&self, asserted: bool) {
+        let mut slots = self.asserted.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = *slots != 0;
+        let bit = 1 << self.slot;
+        *slots = if asserted { *slots | bit } else { *slots & !bit };
+        let after = *slots != 0;
+        if before != after
+            && let Err(error) = self.vm.set_irq_line(self.gsi, after)
+        {
+            log::warn!("{}", crate::error::chain(&error));
+        }
+    }
+}
