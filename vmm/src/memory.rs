@@ -92,7 +92,6 @@ pub fn create(size_mib: u64) -> Result<GuestMemory, MemoryError> {
     let map_error = |source| MemoryError::Map { size_mib, source };
 
     let regions = layout::ram_ranges(size_mib * MIB)
-        .into_iter()
         .map(|range| {
             let length = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
             let mapping = map_aligned(length)?;

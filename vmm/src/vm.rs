@@ -223,7 +223,7 @@ impl Vm {
         let path = patch["path_on_host"].as_str().map(str::to_owned);
         self.devices.update(id, patch)?;
         if let Some(path) = path {
-            drive.path_on_host = Some(path.into());
+            drive.path_on_host = Some(path);
         }
         Ok(())
     }

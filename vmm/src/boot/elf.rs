@@ -133,9 +133,11 @@ fn place(memory: &GuestMemory, image: &Image, segment: &Segment) -> Result<(), K
     let first = address.next_multiple_of(PAGE_SIZE) - address;
     let last = ((address + file_size) / PAGE_SIZE * PAGE_SIZE).saturating_sub(address);
     if offset % PAGE_SIZE != address % PAGE_SIZE || first >= last {
-        return Ok(if file_size > 0 {
-            copy(0, file_size)?
-        });
+        return if file_size > 0 {
+            Ok(copy(0, file_size)?)
+        } else {
+            Ok(())
+        };
     }
     if first > 0 {
         copy(0, first)?;

@@ -6,6 +6,7 @@ use vmm_sys_util::tempfile::TempFile;
 use super::*;
 
 const PAGE: u64 = layout::PAGE_SIZE;
+const PAGE_BYTES: usize = 4096;
 
 fn file_of(bytes: &[u8]) -> File {
     let mut file = TempFile::new().unwrap().into_file();
@@ -79,7 +80,7 @@ fn refuses_more_ram_than_the_cpu_addresses_and_names_the_limit() {
 #[test]
 fn a_mapped_file_is_seen_by_the_guest_and_not_changed_by_it() {
     let memory = create(16).unwrap();
-    let file = file_of(&[7; 3 * PAGE as usize]);
+    let file = file_of(&[7; 3 * PAGE_BYTES]);
 
     map_private_file(&memory, GuestAddress(PAGE), &file, PAGE, 2 * PAGE).unwrap();
     memory.write_obj(9u8, GuestAddress(PAGE)).unwrap();
@@ -95,7 +96,7 @@ fn a_mapped_file_is_seen_by_the_guest_and_not_changed_by_it() {
 #[test]
 fn refuses_a_file_mapping_past_the_end_of_the_file() {
     let memory = create(16).unwrap();
-    let file = file_of(&[7; PAGE as usize + 1]);
+    let file = file_of(&[7; PAGE_BYTES + 1]);
 
     let result = map_private_file(&memory, GuestAddress(0), &file, 0, 2 * PAGE);
 
@@ -111,7 +112,7 @@ fn refuses_a_file_mapping_past_the_end_of_the_file() {
 #[test]
 fn refuses_a_file_mapping_that_is_not_made_of_pages() {
     let memory = create(16).unwrap();
-    let file = file_of(&[7; 2 * PAGE as usize]);
+    let file = file_of(&[7; 2 * PAGE_BYTES]);
 
     assert!(map_private_file(&memory, GuestAddress(1), &file, 0, PAGE).is_err());
     assert!(map_private_file(&memory, GuestAddress(0), &file, 1, PAGE).is_err());
@@ -122,7 +123,7 @@ fn refuses_a_file_mapping_that_is_not_made_of_pages() {
 #[test]
 fn refuses_a_file_mapping_that_leaves_ram() {
     let memory = create(16).unwrap();
-    let file = file_of(&[7; 2 * PAGE as usize]);
+    let file = file_of(&[7; 2 * PAGE_BYTES]);
     let last_page = GuestAddress(16 * MIB - PAGE);
 
     let result = map_private_file(&memory, last_page, &file, 0, 2 * PAGE);

@@ -131,3 +131,6 @@ pub(super) fn check_room(
 pub(super) fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
     bytes.get(offset..)?.first_chunk().copied()
 }
+
+#[cfg(test)]
+mod tests;

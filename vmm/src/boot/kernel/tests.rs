@@ -1,0 +1,298 @@
+use std::fs;
+use std::path::Path;
+
+use proptest::prelude::*;
+use vm_memory::Bytes;
+
+use super::*;
+use crate::boot::image::ImageKind;
+use crate::memory;
+
+const MIB: u64 = 1 << 20;
+const NOTE: u64 = 0x300;
+
+/// One segment of a test kernel.
+#[derive(Clone, Copy)]
+struct Load {
+    offset: u64,
+    address: u64,
+    file_size: u64,
+    memory_size: u64,
+}
+
+/// A file that vanishes with the test.
+struct TempFile(std::path::PathBuf);
+
+impl TempFile {
+    fn new(bytes: &[u8]) -> Self {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("mayfly-kernel-{}-{number}", std::process::id()));
+        fs::write(&path, bytes).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// An ELF kernel: headers, a note with a PVH entry when `pvh` is given, and one byte pattern per page.
+fn elf(loads: &[Load], pvh: Option<u32>) -> Vec<u8> {
+    let end = loads
+        .iter()
+        .map(|load| load.offset + load.file_size)
+        .max()
+        .unwrap_or(0)
+        .max(0x1000);
+    let mut file: Vec<u8> = (0..end)
+        .map(|at| u8::try_from(at / 4096 % 251 + 1).unwrap())
+        .collect();
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    let headers = loads.len() + usize::from(pvh.is_some());
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &2u16.to_le_bytes());
+    put(18, &62u16.to_le_bytes());
+    put(24, &(16 * MIB).to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(54, &56u16.to_le_bytes());
+    put(56, &u16::try_from(headers).unwrap().to_le_bytes());
+    let mut header = |index: usize, kind: u32, load: &Load| {
+        let at = 64 + index * 56;
+        put(at, &kind.to_le_bytes());
+        for (field, value) in [
+            (8, load.offset),
+            (24, load.address),
+            (32, load.file_size),
+            (40, load.memory_size),
+        ] {
+            put(at + field, &value.to_le_bytes());
+        }
+    };
+    for (index, load) in loads.iter().enumerate() {
+        header(index, 1, load);
+    }
+    if let Some(entry) = pvh {
+        header(
+            loads.len(),
+            4,
+            &Load {
+                offset: NOTE,
+                address: 0,
+                file_size: 40,
+                memory_size: 40,
+            },
+        );
+        let foreign = [4u32, 3, 18].map(u32::to_le_bytes).concat();
+        put(0x300, &[&foreign[..], b"GNU\0abc\0"].concat());
+        let note = [4u32, 4, 18].map(u32::to_le_bytes).concat();
+        put(0x314, &[&note[..], b"Xen\0", &entry.to_le_bytes()].concat());
+    }
+    file
+}
+
+fn bzimage(size: usize) -> Vec<u8> {
+    let mut file = vec![0xabu8; size];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x201, &[0x6a]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x020fu16.to_le_bytes());
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(0x230, &0x20_0000u32.to_le_bytes());
+    put(0x236, &1u16.to_le_bytes());
+    put(0x258, &(16 * MIB).to_le_bytes());
+    put(0x260, &0x10_0000u32.to_le_bytes());
+    file
+}
+
+fn load_bytes(bytes: &[u8], mib: u64) -> (GuestMemory, Result<LoadedKernel, KernelError>) {
+    let file = TempFile::new(bytes);
+    let memory = memory::create(mib).unwrap();
+    let image = Image::open(ImageKind::Kernel, &file.0).unwrap();
+    let loaded = load(&memory, &image);
+    (memory, loaded)
+}
+
+fn byte(memory: &GuestMemory, address: u64) -> u8 {
+    memory.read_obj(GuestAddress(address)).unwrap()
+}
+
+const ALIGNED: Load = Load {
+    offset: 0x1000,
+    address: 16 * MIB,
+    file_size: 0x2800,
+    memory_size: 0x5000,
+};
+
+#[test]
+fn an_elf_kernel_with_a_pvh_note_is_entered_there() {
+    let (_, loaded) = load_bytes(&elf(&[ALIGNED], Some(0x100_0040)), 32);
+    let loaded = loaded.unwrap();
+    assert_eq!(loaded.entry, Entry::Pvh(GuestAddress(0x100_0040)));
+    assert_eq!(loaded.end, 16 * MIB + 0x5000);
+}
+
+#[test]
+fn an_elf_kernel_without_the_note_is_entered_at_its_entry() {
+    let (_, loaded) = load_bytes(&elf(&[ALIGNED], None), 32);
+    assert_eq!(loaded.unwrap().entry, Entry::Linux64(GuestAddress(16 * MIB)));
+}
+
+#[test]
+fn whole_pages_ragged_ends_and_zeroes_are_where_they_belong() {
+    let ragged = Load {
+        offset: 0x1800,
+        address: 16 * MIB + 0x800,
+        file_size: 0x2000,
+        memory_size: 0x3000,
+    };
+    let (memory, loaded) = load_bytes(&elf(&[ragged], None), 32);
+    loaded.unwrap();
+    let at = |offset| byte(&memory, 16 * MIB + offset);
+    assert_eq!([at(0x7ff), at(0x800), at(0xfff)], [0, 2, 2]);
+    assert_eq!([at(0x1000), at(0x1fff)], [3, 3]);
+    assert_eq!([at(0x2000), at(0x27ff), at(0x2800), at(0x37ff)], [4, 4, 0, 0]);
+}
+
+#[test]
+fn a_segment_with_another_alignment_in_the_file_is_copied() {
+    let odd = Load {
+        offset: 0x1010,
+        address: 16 * MIB,
+        file_size: 0x1ff0,
+        memory_size: 0x1ff0,
+    };
+    let (memory, loaded) = load_bytes(&elf(&[odd], None), 32);
+    loaded.unwrap();
+    assert_eq!([byte(&memory, 16 * MIB), byte(&memory, 16 * MIB + 0xff0)], [2, 3]);
+}
+
+#[test]
+fn writes_of_the_guest_do_not_reach_the_file() {
+    let file = TempFile::new(&elf(&[ALIGNED], None));
+    let memory = memory::create(32).unwrap();
+    load(&memory, &Image::open(ImageKind::Kernel, &file.0).unwrap()).unwrap();
+    memory
+        .write_slice(&[0xee; 0x2000], GuestAddress(16 * MIB))
+        .unwrap();
+    assert_eq!(fs::read(&file.0).unwrap(), elf(&[ALIGNED], None));
+}
+
+#[test]
+fn refuses_segments_outside_memory_below_a_mib_and_overlapping() {
+    let outside = Load {
+        address: 64 * MIB,
+        ..ALIGNED
+    };
+    assert!(matches!(
+        load_bytes(&elf(&[outside], None), 32).1,
+        Err(KernelError::NoRoom { .. })
+    ));
+    let wrapping = Load {
+        address: u64::MAX - 0x1000,
+        ..ALIGNED
+    };
+    assert!(matches!(
+        load_bytes(&elf(&[wrapping], None), 32).1,
+        Err(KernelError::Damaged { .. })
+    ));
+    let low = Load {
+        address: 0x1000,
+        ..ALIGNED
+    };
+    assert!(matches!(
+        load_bytes(&elf(&[low], None), 32).1,
+        Err(KernelError::Unsuitable { .. })
+    ));
+    let over = Load {
+        address: 16 * MIB + 0x1000,
+        ..ALIGNED
+    };
+    assert!(matches!(
+        load_bytes(&elf(&[ALIGNED, over], None), 32).1,
+        Err(KernelError::Damaged { .. })
+    ));
+}
+
+#[test]
+fn refuses_a_truncated_kernel() {
+    let whole = elf(&[ALIGNED], None);
+    for len in [4, 63, 100, 0x1000, whole.len() - 1] {
+        let (_, loaded) = load_bytes(&whole[..len], 32);
+        assert!(loaded.is_err(), "{len}");
+    }
+}
+
+#[test]
+fn refuses_what_is_no_64_bit_kernel() {
+    assert!(matches!(
+        load_bytes(b"#!/bin/sh\n", 32).1,
+        Err(KernelError::NotAKernel { .. })
+    ));
+    let mut other = elf(&[ALIGNED], None);
+    other[4] = 1;
+    assert!(matches!(
+        load_bytes(&other, 32).1,
+        Err(KernelError::Unsuitable { .. })
+    ));
+    let mut old = bzimage(4096);
+    old[0x236] = 0;
+    assert!(matches!(
+        load_bytes(&old, 32).1,
+        Err(KernelError::Unsuitable { .. })
+    ));
+}
+
+#[test]
+fn a_bzimage_is_loaded_at_its_preferred_address() {
+    let (memory, loaded) = load_bytes(&bzimage(8192), 32);
+    let loaded = loaded.unwrap();
+    assert_eq!(loaded.entry, Entry::Linux64(GuestAddress(16 * MIB + 0x200)));
+    assert_eq!(loaded.end, 16 * MIB + 0x10_0000);
+    assert_eq!(loaded.setup_header.unwrap().len(), 0x202 + 0x6a - 0x1f1);
+    assert_eq!(byte(&memory, 16 * MIB), 0xab);
+}
+
+#[test]
+fn a_bzimage_that_does_not_fit_there_is_loaded_lower() {
+    let (_, loaded) = load_bytes(&bzimage(8192), 16);
+    assert_eq!(
+        loaded.unwrap().entry,
+        Entry::Linux64(GuestAddress(2 * MIB + 0x200))
+    );
+    let (_, loaded) = load_bytes(&bzimage(8192), 2);
+    assert!(matches!(loaded, Err(KernelError::NoRoom { .. })));
+}
+
+#[test]
+fn refuses_a_truncated_bzimage() {
+    let whole = bzimage(8192);
+    for len in [0x206, 0x237, 0x263, 1024, 1024 + 0x200] {
+        let (_, loaded) = load_bytes(&whole[..len], 32);
+        assert!(loaded.is_err(), "{len}");
+    }
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = Image::open(ImageKind::Kernel, Path::new("/nonexistent/kernel")).unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/kernel"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn survives_damaged_headers(changes in prop::collection::vec((0usize..0x340, any::<u8>()), 1..12), compressed: bool) {
+        let mut file = if compressed { bzimage(8192) } else { elf(&[ALIGNED], Some(0x100_0040)) };
+        for (at, value) in changes {
+            file[at] = value;
+        }
+        let (_, loaded) = load_bytes(&file, 32);
+        if let Ok(loaded) = loaded {
+            prop_assert!(loaded.end <= 32 * MIB);
+        }
+    }
+}
