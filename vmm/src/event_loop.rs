@@ -6,9 +6,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use devices::virtio::{Job, Lane, LaneHost, LaneId, Watch};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -23,16 +24,18 @@ enum Message {
     Attach(Box<Lane>, SyncSender<LaneId>),
     Detach(LaneId, SyncSender<Box<Lane>>),
     Run(LaneId, Job),
+    End,
 }
 
-/// A running io loop, as slots see it.
+/// A running io loop, as slots see it. Dropping it ends the loop and its lanes.
 pub struct IoLoop {
     messages: Sender<Message>,
     wake: EventFd,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl IoLoop {
-    /// Starts a loop on a thread called `name`. The thread lives as long as the process.
+    /// Starts a loop on a thread called `name`.
     pub fn spawn(name: &str) -> io::Result<Self> {
         let (messages, inbox) = mpsc::channel();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
@@ -44,17 +47,29 @@ impl IoLoop {
             lanes: BTreeMap::new(),
             next: 0,
         };
-        thread::Builder::new()
-            .name(name.into())
-            .stack_size(256 << 10)
-            .spawn(move || worker.work())?;
-        Ok(Self { messages, wake })
+        let builder = thread::Builder::new().name(name.into()).stack_size(256 << 10);
+        let thread = Some(builder.spawn(move || worker.work())?);
+        Ok(Self {
+            messages,
+            wake,
+            thread,
+        })
     }
 
     fn send(&self, message: Message) {
-        self.messages.send(message).expect("an io loop never ends");
+        self.messages.send(message).expect("a loop ends with its owner");
         // Only a full counter refuses, and then the loop is awake already.
         let _ = self.wake.write(1);
+    }
+}
+
+impl Drop for IoLoop {
+    fn drop(&mut self) {
+        self.send(Message::End);
+        if let Some(thread) = self.thread.take() {
+            // A panic in the thread has ended the process already.
+            drop(thread.join());
+        }
     }
 }
 
@@ -105,7 +120,9 @@ impl Worker {
             for event in &events[..count] {
                 let (id, token) = split(event.data());
                 if id == MESSAGES {
-                    self.read_messages();
+                    if self.read_messages().is_break() {
+                        return;
+                    }
                 } else if let Some(Running { lane, fds }) = self.lanes.get_mut(&id) {
                     // A lane that was detached earlier in this batch is no longer there.
                     lane.on_event(
@@ -121,7 +138,7 @@ impl Worker {
         }
     }
 
-    fn read_messages(&mut self) {
+    fn read_messages(&mut self) -> ControlFlow<()> {
         while let Ok(message) = self.inbox.try_recv() {
             // Whoever sent a message waits for its reply, so none of these sends fails.
             match message {
@@ -133,17 +150,20 @@ impl Worker {
                 }
                 Message::Run(id, job) => {
                     let Running { lane, fds } = self.lanes.get_mut(&id).expect("a slot names its own lane");
+                    let fds = fds.into();
                     job(
                         lane,
                         &LaneWatch {
                             epoll: &self.epoll,
                             id,
-                            fds: fds.into(),
+                            fds,
                         },
                     );
                 }
+                Message::End => return ControlFlow::Break(()),
             }
         }
+        ControlFlow::Continue(())
     }
 
     fn attach(&mut self, mut lane: Box<Lane>) -> LaneId {
