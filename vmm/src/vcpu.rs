@@ -166,7 +166,11 @@ impl Runner {
         loop {
             match self.gate.wish() {
                 Wish::Run => {}
-                Wish::Pause => self.park(),
+                Wish::Pause => {
+                    self.park();
+                    // The next wish may have come, and its kick been lost, before the flag was cleared.
+                    continue;
+                }
                 Wish::End => return self.vcpu,
             }
             if let Some(ended) = self.run() {
