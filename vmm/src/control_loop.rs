@@ -1,8 +1,9 @@
 //! The control thread's event loop: API requests, the guest's ways to end the machine, the console's input, signals,
 //! and the timer of the metrics. With nothing to do it sleeps without a time-out.
 
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
@@ -91,6 +92,8 @@ pub struct ControlLoop {
     /// Set once the machine's descriptors are watched.
     machine_watched: bool,
     timer_armed: bool,
+    /// Standard input, once it is the console's.
+    stdin: Option<File>,
     /// Input that the serial port had no room for.
     unread: Vec<u8>,
 }
@@ -113,6 +116,7 @@ impl ControlLoop {
             timer: TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?,
             machine_watched: false,
             timer_armed: false,
+            stdin: None,
             unread: Vec::new(),
         };
         this.watch(this.wake.as_raw_fd(), Source::Requests)?;
@@ -237,6 +241,8 @@ impl ControlLoop {
         } else if io::IsTerminal::is_terminal(&io::stdin()) {
             return Ok(());
         }
+        // Not `io::stdin`, whose buffer would hide input from epoll.
+        self.stdin = Some(File::from(io::stdin().as_fd().try_clone_to_owned()?));
         // A regular file or /dev/null cannot be waited for, and holds nothing that somebody types.
         let _ = self.watch(0, Source::Console);
         Ok(())
@@ -247,7 +253,8 @@ impl ControlLoop {
             return;
         }
         let mut bytes = [0; 256];
-        match io::stdin().lock().read(&mut bytes) {
+        let Some(stdin) = &mut self.stdin else { return };
+        match stdin.read(&mut bytes) {
             Ok(0) => self.unwatch_console(),
             Ok(count) => {
                 self.unread.extend_from_slice(&bytes[..count]);
