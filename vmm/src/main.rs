@@ -2,10 +2,12 @@
 //! and becomes the control thread.
 
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
-use api_server::{Request, Responder, Server, ServerConfig, SocketFile};
+use api_server::{Request, Responder, Server, ServerConfig, SocketFile, Stopper};
 use vmm::api;
 use vmm::args::{self, Args, ArgsError, Command};
 use vmm::config::MetricsConfig;
@@ -81,20 +83,19 @@ fn run(args: &Args) -> Result<Exit, Fatal> {
 
     let requests = Arc::new(RequestMetrics::default());
     let (mut control, inbox) = control_loop(args, termination, Arc::clone(&requests))?;
-    // Removed when this function returns, whichever way.
-    let _socket = match &args.api_sock {
-        Some(path) => {
-            let (listener, socket) = SocketFile::bind(path)?;
-            signals::remove_on_fault(path);
-            let config = ServerConfig {
-                max_body: args.max_payload,
-                ..ServerConfig::default()
-            };
-            serve(Server::from_listener(listener, config)?, inbox, requests)?;
-            Some(socket)
-        }
-        None => None,
-    };
+    let api = args
+        .api_sock
+        .as_ref()
+        .map(|path| Api::start(path, args, inbox, requests))
+        .transpose()?;
+    let result = boot_and_run(&mut control, args);
+    // Nobody serves requests any more: those that wait are refused, and then every answer is written.
+    drop(control);
+    drop(api);
+    result
+}
+
+fn boot_and_run(control: &mut ControlLoop, args: &Args) -> Result<Exit, Fatal> {
     if let Some(path) = &args.config_file {
         let config = controller::read_config_file(path)?;
         control.controller().start_from(config)?;
@@ -132,8 +133,42 @@ fn control_loop(
     Ok(ControlLoop::new(controller, termination)?)
 }
 
+/// The `api` thread, with its socket. Both are gone when this is dropped, after the answers that are due.
+struct Api {
+    _socket: SocketFile,
+    stopper: Stopper,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Api {
+    fn start(path: &Path, args: &Args, inbox: Inbox, metrics: Arc<RequestMetrics>) -> Result<Self, Fatal> {
+        let (listener, socket) = SocketFile::bind(path)?;
+        signals::remove_on_fault(path);
+        let config = ServerConfig {
+            max_body: args.max_payload,
+            ..ServerConfig::default()
+        };
+        let server = Server::from_listener(listener, config)?;
+        Ok(Self {
+            _socket: socket,
+            stopper: server.stopper(),
+            thread: Some(serve(server, inbox, metrics)?),
+        })
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        self.stopper.stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic in the thread has ended the process already.
+            drop(thread.join());
+        }
+    }
+}
+
 /// Starts the `api` thread: it parses requests and hands actions to the control thread.
-fn serve(mut server: Server, inbox: Inbox, metrics: Arc<RequestMetrics>) -> io::Result<()> {
+fn serve(mut server: Server, inbox: Inbox, metrics: Arc<RequestMetrics>) -> io::Result<JoinHandle<()>> {
     let mut handler = move |request: Request, responder: Responder| {
         log_request(&request);
         match api::route(&request, &metrics) {
@@ -159,8 +194,7 @@ fn serve(mut server: Server, inbox: Inbox, metrics: Arc<RequestMetrics>) -> io::
     std::thread::Builder::new()
         .name("api".into())
         .stack_size(256 << 10)
-        .spawn(work)?;
-    Ok(())
+        .spawn(work)
 }
 
 fn log_request(request: &Request) {
