@@ -101,10 +101,7 @@ fn boot_and_run(control: &mut ControlLoop, args: &Args) -> Result<Exit, Fatal> {
         control.controller().start_from(config)?;
         log::info!("Successfully started microvm that was configured from one single json");
     }
-    let exit = control.run()?;
-    // The kernel takes the machine down with the process, faster than its parts one by one.
-    std::mem::forget(control);
-    Ok(exit)
+    Ok(control.run()?)
 }
 
 fn control_loop(
