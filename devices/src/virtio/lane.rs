@@ -71,7 +71,8 @@ impl Watch for DeviceWatch<'_> {
 }
 
 impl Lane {
-    /// Watches the queues' kicks and activates the device. Called once by the loop.
+    /// Watches the queues' kicks and activates the device. Called once by the loop. A restored lane then holds
+    /// events back until [`Lane::resume`], which replays those that the snapshot lost.
     pub fn start(&mut self, watch: &dyn Watch) {
         for (token, (kick, queue)) in (0u32..).zip(self.kicks.iter().zip(&self.queues)) {
             if !queue.config().ready {
@@ -84,7 +85,10 @@ impl Lane {
                 });
             }
         }
+        // A restored lane stays paused, but its device has to be activated.
+        let paused = std::mem::take(&mut self.paused);
         self.call(watch, |device, io| device.activate(io));
+        self.paused = paused;
     }
 
     /// A descriptor with `token` became ready.

@@ -2,6 +2,8 @@
 
 pub mod block;
 pub mod buffers;
+#[cfg(test)]
+mod echo;
 pub mod lane;
 pub mod mmio;
 pub mod net;

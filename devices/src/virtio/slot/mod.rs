@@ -348,7 +348,8 @@ impl VirtioSlot {
         }
     }
 
-    /// Takes a saved state into a new slot with a device of the same config; starts it when it ran.
+    /// Takes a saved state into a new slot with a device of the same config. A device that ran is activated, and
+    /// holds events back until [`VirtioSlot::resume`], as it did when it was saved.
     pub fn load(&mut self, state: SlotState) -> Result<(), StateError> {
         let inconsistent = |what: &str| StateError::Inconsistent {
             kind: "slot",
@@ -367,6 +368,9 @@ impl VirtioSlot {
         let running = state.running.as_deref();
         if running.is_some_and(|queues| !sizes_match(&mut queues.iter().map(|q| q.config().max_size))) {
             return Err(inconsistent("the running queues are not those of this device"));
+        }
+        if running.is_some() && state.driver.status & status::DRIVER_OK == 0 {
+            return Err(inconsistent("the device runs, but its driver is not ready"));
         }
         let Half::Idle(device) = &mut self.half else {
             return Err(inconsistent("the slot is in use"));
@@ -398,6 +402,7 @@ impl VirtioSlot {
                 .map(|config| Queue::new(*config, event_idx, &memory))
                 .collect()
         };
+        let paused = restored.is_some();
         let queues = match restored.map_or_else(make, Ok::<Vec<Queue>, super::QueueError>) {
             Ok(queues) => queues,
             Err(error) => {
@@ -417,7 +422,7 @@ impl VirtioSlot {
             irq: Arc::clone(&self.irq),
             features: self.driver.features,
             broken: Arc::clone(&self.broken),
-            paused: false,
+            paused,
             tokens: Vec::new(),
         };
         self.half = Half::Running(self.host.attach(Box::new(lane)));
@@ -444,3 +449,6 @@ impl VirtioSlot {
 fn low(value: u64) -> u32 {
     u32::try_from(value & 0xffff_ffff).expect("masked to 32 bits")
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,88 @@
+//! A device for the tests of slot and transports: it copies what a chain has to read into what it has to write.
+
+use serde_json::{Value, json};
+
+use super::{
+    Blob, Chain, DeviceError, DeviceInfo, DeviceKind, Io, Ring, StateError, UpdateError, Vector,
+    VirtioDevice, feature,
+};
+
+/// Size of both queues.
+pub(super) const QUEUE_SIZE: u16 = 8;
+
+/// The device.
+pub(super) struct Echo {
+    info: DeviceInfo,
+    config: Vec<u8>,
+    served: u64,
+}
+
+impl Echo {
+    /// A device with two queues and six bytes of configuration space.
+    pub(super) fn new() -> Self {
+        Self {
+            info: DeviceInfo {
+                kind: DeviceKind::Block,
+                queue_sizes: vec![QUEUE_SIZE; 2],
+                features: feature::COMMON | 1 << 5,
+            },
+            config: b"config".to_vec(),
+            served: 0,
+        }
+    }
+}
+
+fn serve(ring: &mut Ring<'_, '_>, served: &mut u64) -> Result<(), DeviceError> {
+    let mut chain = Chain::new();
+    while ring.pop(&mut chain)? {
+        let mut bytes = vec![0; chain.readable.len()];
+        chain.readable.read(0, &mut bytes);
+        let written = chain.writable.write(0, &bytes);
+        ring.push(chain.head(), u32::try_from(written).unwrap());
+        *served += 1;
+    }
+    ring.publish();
+    Ok(())
+}
+
+impl VirtioDevice for Echo {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn config_space(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, _: &mut Io<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn on_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let mut ring = io.queues[usize::from(queue)].open(io.mem)?;
+        serve(&mut ring, &mut self.served)?;
+        if ring.needs_interrupt() {
+            io.irq.raise(Vector::Queue(queue));
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, patch: Value, _: &mut Io<'_>) -> Result<(), UpdateError> {
+        let config: String = serde_json::from_value(patch)?;
+        self.config = config.into_bytes();
+        Ok(())
+    }
+
+    fn save(&self) -> Blob {
+        Blob::new("echo", 1, &(self.served, self.config.clone()))
+    }
+
+    fn load(&mut self, state: Blob) -> Result<(), StateError> {
+        (self.served, self.config) = state.open("echo", 1)?;
+        Ok(())
+    }
+
+    fn metrics(&self) -> Value {
+        json!({ "served": self.served })
+    }
+}

@@ -1,0 +1,273 @@
+use serde_json::json;
+use std::sync::Arc;
+
+use super::*;
+use crate::testing::{Driver, Inline, Recorder, memory, readable, recorder, writable};
+use crate::virtio::echo::{Echo, QUEUE_SIZE};
+
+const NEGOTIATING: u8 = status::ACKNOWLEDGE | status::DRIVER;
+const NEGOTIATED: u8 = NEGOTIATING | status::FEATURES_OK;
+const READY: u8 = NEGOTIATED | status::DRIVER_OK;
+const RING: u64 = 0x1000;
+
+struct Setup {
+    slot: VirtioSlot,
+    host: Arc<Inline>,
+    irq: Arc<Recorder>,
+    memory: SharedMemory,
+}
+
+fn setup() -> Setup {
+    in_memory(SharedMemory::new(memory(0x10000)))
+}
+
+fn in_memory(memory: SharedMemory) -> Setup {
+    let (host, irq) = (Arc::<Inline>::default(), recorder());
+    let slot = VirtioSlot::new(
+        Box::new(Echo::new()),
+        Arc::clone(&irq) as Arc<dyn Irq>,
+        memory.clone(),
+        Arc::clone(&host) as Arc<dyn LaneHost>,
+    );
+    Setup {
+        slot: slot.unwrap(),
+        host,
+        irq,
+        memory,
+    }
+}
+
+/// Goes as far as FEATURES_OK.
+fn negotiate(slot: &mut VirtioSlot) {
+    slot.set_status(NEGOTIATING);
+    slot.driver.driver_features_select = 1;
+    slot.set_driver_features(1);
+    slot.set_status(NEGOTIATED);
+}
+
+/// Starts the device with queue 0 as the driver in `testing` lays it out.
+fn start(setup: &mut Setup) {
+    let memory = setup.memory.memory();
+    let config = Driver::new(&memory, RING, QUEUE_SIZE).config();
+    negotiate(&mut setup.slot);
+    *setup.slot.queue_mut().unwrap() = config;
+    setup.slot.set_status(READY);
+}
+
+#[test]
+fn shows_the_offered_features_in_two_halves() {
+    let mut slot = setup().slot;
+    assert_eq!(slot.device_features(), 0x3000_0020);
+    slot.driver.device_features_select = 1;
+    assert_eq!(slot.device_features(), 1);
+    slot.driver.device_features_select = 2;
+    assert_eq!(slot.device_features(), 0);
+}
+
+#[test]
+fn refuses_a_choice_of_features_that_it_did_not_offer() {
+    let mut slot = setup().slot;
+    slot.set_status(NEGOTIATING);
+    slot.driver.driver_features_select = 1;
+    slot.set_driver_features(0b11);
+    slot.set_status(NEGOTIATED);
+    assert_eq!(slot.status(), NEGOTIATING);
+    slot.set_driver_features(0b01);
+    slot.set_status(NEGOTIATED);
+    assert_eq!(slot.status(), NEGOTIATED);
+}
+
+#[test]
+fn refuses_a_driver_that_is_older_than_virtio_1() {
+    let mut slot = setup().slot;
+    slot.set_status(NEGOTIATING);
+    slot.set_driver_features(1 << 5);
+    slot.set_status(NEGOTIATED);
+    assert_eq!(slot.status(), NEGOTIATING);
+}
+
+#[test]
+fn fixes_the_features_with_features_ok() {
+    let mut slot = setup().slot;
+    negotiate(&mut slot);
+    slot.driver.driver_features_select = 0;
+    slot.set_driver_features(1 << 5);
+    assert_eq!(slot.driver_features(), 0);
+}
+
+#[test]
+fn lets_queues_be_changed_only_between_features_ok_and_driver_ok() {
+    let mut setup = setup();
+    assert!(setup.slot.queue_mut().is_none());
+    negotiate(&mut setup.slot);
+    assert!(setup.slot.queue_mut().is_some());
+    setup.slot.driver.queue_select = 2;
+    assert!(setup.slot.queue_mut().is_none() && setup.slot.queue().is_none());
+    setup.slot.set_status(READY);
+    setup.slot.driver.queue_select = 0;
+    assert!(setup.slot.queue_mut().is_none() && setup.slot.queue().is_some());
+}
+
+#[test]
+fn ignores_a_status_that_clears_bits() {
+    let mut slot = setup().slot;
+    slot.set_status(NEGOTIATING);
+    slot.set_status(status::ACKNOWLEDGE);
+    assert_eq!(slot.status(), NEGOTIATING);
+}
+
+#[test]
+fn runs_the_device_from_driver_ok_to_reset() {
+    let mut setup = setup();
+    start(&mut setup);
+    assert_eq!((setup.host.len(), setup.slot.status()), (1, READY));
+    setup.slot.set_status(0);
+    assert_eq!((setup.host.len(), setup.slot.status()), (0, 0));
+    assert!(!setup.slot.queue().unwrap().ready);
+    start(&mut setup);
+    assert_eq!(setup.host.len(), 1);
+}
+
+#[test]
+fn does_not_start_a_failed_device_or_one_without_features_ok() {
+    let mut setup = setup();
+    setup.slot.set_status(NEGOTIATING | status::DRIVER_OK);
+    setup.slot.set_status(0);
+    negotiate(&mut setup.slot);
+    setup.slot.set_status(READY | status::FAILED);
+    assert!(setup.host.is_empty());
+}
+
+#[test]
+fn needs_a_reset_when_a_queue_is_set_up_wrongly() {
+    let mut setup = setup();
+    negotiate(&mut setup.slot);
+    let queue = setup.slot.queue_mut().unwrap();
+    (queue.size, queue.ready) = (3, true);
+    setup.slot.set_status(READY);
+    assert_eq!(setup.slot.status(), READY | status::NEEDS_RESET);
+    assert_eq!(
+        (setup.irq.config.load(Ordering::Relaxed), setup.host.len()),
+        (1, 0)
+    );
+    setup.slot.set_status(0);
+    assert_eq!(setup.slot.status(), 0);
+}
+
+#[test]
+fn needs_a_reset_when_the_driver_breaks_a_running_queue() {
+    let mut setup = setup();
+    start(&mut setup);
+    let memory = setup.memory.memory();
+    Driver::new(&memory, RING, QUEUE_SIZE).set_avail_index(100);
+    setup.host.event(0);
+    assert_eq!(setup.slot.status(), READY | status::NEEDS_RESET);
+    assert_eq!(setup.irq.config.load(Ordering::Relaxed), 1);
+    start_again(&mut setup);
+    assert_eq!(setup.slot.status(), READY);
+}
+
+fn start_again(setup: &mut Setup) {
+    setup.slot.set_status(0);
+    start(setup);
+}
+
+#[test]
+fn tells_the_driver_of_a_new_configuration_space() {
+    let mut setup = setup();
+    setup.slot.update(json!("other")).unwrap();
+    assert_eq!(setup.slot.config_generation(), 1);
+    start(&mut setup);
+    setup.slot.update(json!("third")).unwrap();
+    setup.slot.update(json!("third")).unwrap();
+    assert_eq!(
+        (
+            setup.slot.config_generation(),
+            setup.irq.config.load(Ordering::Relaxed)
+        ),
+        (2, 2)
+    );
+    let mut data = [0xff; 4];
+    setup.slot.read_config(3, &mut data);
+    assert_eq!(&data, b"rd\0\0");
+    setup.slot.read_config(u64::MAX, &mut data);
+    assert_eq!(data, [0; 4]);
+}
+
+#[test]
+fn refuses_a_malformed_patch_and_stays_as_it_is() {
+    let mut setup = setup();
+    start(&mut setup);
+    assert!(matches!(setup.slot.update(json!(1)), Err(UpdateError::Json(_))));
+    assert_eq!(setup.slot.config_generation(), 0);
+}
+
+#[test]
+fn serves_what_came_while_it_was_paused() {
+    let mut setup = setup();
+    start(&mut setup);
+    let memory = setup.memory.memory();
+    let mut driver = Driver::new(&memory, RING, QUEUE_SIZE);
+    setup.slot.pause();
+    driver.offer(&[readable(0x4000, 4), writable(0x5000, 4)]);
+    setup.host.event(0);
+    assert_eq!(driver.used(), None);
+    setup.slot.resume();
+    assert_eq!(driver.used(), Some((0, 4)));
+}
+
+#[test]
+fn goes_on_after_a_restore_with_what_was_offered_before() {
+    let mut old = setup();
+    start(&mut old);
+    let memory = old.memory.memory();
+    let mut driver = Driver::new(&memory, RING, QUEUE_SIZE);
+    old.slot.pause();
+    driver.offer(&[readable(0x4000, 4), writable(0x5000, 4)]);
+    old.slot.kick(0);
+    let state = old.slot.save();
+
+    let mut new = in_memory(old.memory.clone());
+    new.slot.load(state.clone()).unwrap();
+    assert_eq!(new.slot.save(), state);
+    new.host.event(0);
+    assert_eq!(driver.used(), None);
+    new.slot.resume();
+    assert_eq!(driver.used(), Some((0, 4)));
+    assert_eq!(new.slot.metrics(), json!({ "served": 1 }));
+}
+
+#[test]
+fn refuses_a_running_state_whose_driver_is_not_ready() {
+    let mut setup = setup();
+    start(&mut setup);
+    let mut state = setup.slot.save();
+    state.driver.status = NEGOTIATED;
+    let refused = in_memory(setup.memory.clone()).slot.load(state);
+    assert!(matches!(refused, Err(StateError::Inconsistent { .. })));
+}
+
+#[test]
+fn refuses_a_state_with_other_queues_or_features() {
+    let mut setup = setup();
+    let state = setup.slot.save();
+    let mut features = state.clone();
+    features.driver.features = 1 << 50;
+    assert!(matches!(
+        setup.slot.load(features),
+        Err(StateError::Inconsistent { .. })
+    ));
+    let mut queues = state.clone();
+    queues.driver.queues.pop();
+    assert!(matches!(
+        setup.slot.load(queues),
+        Err(StateError::Inconsistent { .. })
+    ));
+    let mut running = state;
+    running.driver.status = READY;
+    running.running = Some(Vec::new());
+    assert!(matches!(
+        setup.slot.load(running),
+        Err(StateError::Inconsistent { .. })
+    ));
+}
