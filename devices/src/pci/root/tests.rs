@@ -5,10 +5,13 @@ use crate::pci::config_space::command;
 
 const BAR: u64 = 0x40_0000_0000;
 
+/// Slot, old and new address.
+type Move = (u8, Option<u64>, Option<u64>);
+
 /// Keeps what it was told, and refuses addresses below 4 GiB.
 #[derive(Default)]
 struct Mapper {
-    moves: Mutex<Vec<(u8, Option<u64>, Option<u64>)>>,
+    moves: Mutex<Vec<Move>>,
     function: Mutex<Option<Weak<Mutex<dyn PciFunction>>>>,
 }
 
@@ -26,7 +29,7 @@ impl BarMapper for Mapper {
 }
 
 impl Mapper {
-    fn take(&self) -> Vec<(u8, Option<u64>, Option<u64>)> {
+    fn take(&self) -> Vec<Move> {
         std::mem::take(&mut self.moves.lock().unwrap())
     }
 }
