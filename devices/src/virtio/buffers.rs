@@ -20,7 +20,31 @@ pub struct Buffers<'m> {
     memory: PhantomData<&'m ()>,
 }
 
+/// The allocation of a [`Buffers`] that is not in use: it holds no pieces.
+#[derive(Default)]
+pub struct Storage(Vec<libc::iovec>);
+
+// SAFETY: needed because pointers are not `Send`, and a device that keeps the allocation moves between threads. The
+// vector is empty, so there is no pointer in it.
+unsafe impl Send for Storage {}
+
+impl From<Storage> for Buffers<'_> {
+    fn from(storage: Storage) -> Self {
+        Self {
+            pieces: storage.0,
+            len: 0,
+            memory: PhantomData,
+        }
+    }
+}
+
 impl<'m> Buffers<'m> {
+    /// Ends the use of the pieces and keeps their allocation.
+    pub fn into_storage(mut self) -> Storage {
+        self.pieces.clear();
+        Storage(self.pieces)
+    }
+
     /// No bytes.
     pub fn new() -> Self {
         Self {

@@ -20,7 +20,7 @@ use serde_json::Value;
 
 pub use buffers::Buffers;
 pub use lane::{Job, Lane, LaneHost, LaneId};
-pub use queue::{Chain, Queue, QueueConfig, QueueError, Ring};
+pub use queue::{Chain, ChainStorage, Queue, QueueConfig, QueueError, Ring};
 pub use slot::{SlotState, Transport, VirtioSlot};
 pub use state::{Blob, StateError};
 

@@ -10,8 +10,8 @@ use super::file::Image;
 use super::request::{Limits, Request, SERIAL, Status};
 use super::{CacheType, Config, Metrics, OpenError, Patch, SECTOR};
 use crate::virtio::{
-    Blob, Chain, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, Ring, StateError, UpdateError, Vector,
-    VirtioDevice, feature,
+    Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, Ring, StateError,
+    UpdateError, Vector, VirtioDevice, feature,
 };
 
 /// Feature bits (virtio 1.2 §5.2.3).
@@ -50,6 +50,8 @@ pub struct Block {
     flush: bool,
     serial: [u8; SERIAL],
     config_space: [u8; CONFIG_SIZE],
+    /// Kept from run to run, so that serving a request allocates nothing.
+    storage: ChainStorage,
     metrics: Metrics,
 }
 
@@ -72,14 +74,26 @@ impl Block {
             image,
             flush,
             serial: serial(&config.drive_id),
+            storage: ChainStorage::default(),
             metrics: Metrics::default(),
         })
     }
 
     /// Serves requests until the queue is empty (false) or the run has lasted long enough (true). The answers are in
     /// the ring and still to be published.
-    fn run<'m>(&mut self, ring: &mut Ring<'_, 'm>, write_through: bool) -> Result<bool, QueueError> {
-        let mut chain = Chain::<'m>::new();
+    fn run(&mut self, ring: &mut Ring<'_, '_>, write_through: bool) -> Result<bool, QueueError> {
+        let mut chain = Chain::from(std::mem::take(&mut self.storage));
+        let more = self.serve_all(&mut chain, ring, write_through);
+        self.storage = chain.into_storage();
+        more
+    }
+
+    fn serve_all<'m>(
+        &mut self,
+        chain: &mut Chain<'m>,
+        ring: &mut Ring<'_, 'm>,
+        write_through: bool,
+    ) -> Result<bool, QueueError> {
         let (mut now, mut count) = (Instant::now(), 0);
         let end = now + RUN_TIME;
         ring.disable_notify();
@@ -87,8 +101,8 @@ impl Block {
             if count == RUN_REQUESTS || now >= end {
                 return ring.enable_notify();
             }
-            if ring.pop(&mut chain)? {
-                let written = self.serve(&mut chain, &mut now, write_through);
+            if ring.pop(chain)? {
+                let written = self.serve(chain, &mut now, write_through);
                 ring.push(chain.head(), written);
                 count += 1;
             } else if !ring.enable_notify()? {

@@ -18,9 +18,11 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileMemoryError, VolatileSlice,
+};
 
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Storage};
 use crate::GuestMemory;
 
 /// The largest queue (virtio 1.2 §2.6).
@@ -163,28 +165,26 @@ impl Queue {
             });
         }
         let entries = usize::from(size);
+        let missing = QueueError::Ring {
+            ring: "descriptor table",
+            address: desc_table,
+        };
+        let mut window = Window::around(mem, desc_table).ok_or(missing)?;
+        let mut ring = |ring, address: u64, align, len| {
+            let slice = window
+                .get(mem, address, len)
+                .filter(|_| address.is_multiple_of(align));
+            slice.ok_or(QueueError::Ring { ring, address })
+        };
         Ok(Ring {
-            desc: ring_slice(mem, "descriptor table", desc_table, 16, DESC_SIZE * entries)?,
-            avail: ring_slice(mem, "available ring", avail_ring, 2, 6 + 2 * entries)?,
-            used: ring_slice(mem, "used ring", used_ring, 4, 6 + 8 * entries)?,
+            desc: ring("descriptor table", desc_table, 16, DESC_SIZE * entries)?,
+            avail: ring("available ring", avail_ring, 2, 6 + 2 * entries)?,
+            used: ring("used ring", used_ring, 4, 6 + 8 * entries)?,
             queue: self,
             mem,
+            window,
         })
     }
-}
-
-fn ring_slice<'m>(
-    mem: &'m GuestMemory,
-    ring: &'static str,
-    address: u64,
-    align: u64,
-    len: usize,
-) -> Result<VolatileSlice<'m>, QueueError> {
-    if !address.is_multiple_of(align) {
-        return Err(QueueError::Ring { ring, address });
-    }
-    mem.get_slice(GuestAddress(address), len)
-        .map_err(|_| QueueError::Ring { ring, address })
 }
 
 /// One popped request: the driver's buffers, device-readable ones first (virtio 1.2 §2.7.4.2).
@@ -199,7 +199,32 @@ pub struct Chain<'m> {
     pub writable: Buffers<'m>,
 }
 
+/// The allocations of a chain, kept by a device between runs of its queue.
+#[derive(Default)]
+pub struct ChainStorage {
+    readable: Storage,
+    writable: Storage,
+}
+
+impl From<ChainStorage> for Chain<'_> {
+    fn from(storage: ChainStorage) -> Self {
+        Self {
+            head: 0,
+            readable: storage.readable.into(),
+            writable: storage.writable.into(),
+        }
+    }
+}
+
 impl Chain<'_> {
+    /// Ends the chain's use and keeps its allocations.
+    pub fn into_storage(self) -> ChainStorage {
+        ChainStorage {
+            readable: self.readable.into_storage(),
+            writable: self.writable.into_storage(),
+        }
+    }
+
     /// An empty chain to pop into.
     pub fn new() -> Self {
         Self::default()
@@ -211,10 +236,43 @@ impl Chain<'_> {
     }
 }
 
+/// The region of guest memory that was met last: the next address is nearly always there too, and then needs no
+/// search.
+struct Window<'m> {
+    start: u64,
+    slice: VolatileSlice<'m>,
+}
+
+impl<'m> Window<'m> {
+    fn around(mem: &'m GuestMemory, address: u64) -> Option<Self> {
+        let region = mem.find_region(GuestAddress(address))?;
+        let slice = region.as_volatile_slice().ok()?;
+        Some(Self {
+            start: region.start_addr().0,
+            slice,
+        })
+    }
+
+    /// The `len` bytes at `address`, all in one region.
+    fn get(&mut self, mem: &'m GuestMemory, address: u64, len: usize) -> Option<VolatileSlice<'m>> {
+        if let Some(slice) = self.inside(address, len) {
+            return Some(slice);
+        }
+        *self = Self::around(mem, address)?;
+        self.inside(address, len)
+    }
+
+    fn inside(&self, address: u64, len: usize) -> Option<VolatileSlice<'m>> {
+        let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
+        self.slice.subslice(offset, len).ok()
+    }
+}
+
 /// A queue opened for work. Dropping it keeps the positions in the [`Queue`].
 pub struct Ring<'q, 'm> {
     queue: &'q mut Queue,
     mem: &'m GuestMemory,
+    window: Window<'m>,
     desc: VolatileSlice<'m>,
     avail: VolatileSlice<'m>,
     used: VolatileSlice<'m>,
@@ -265,9 +323,8 @@ impl<'m> Ring<'_, 'm> {
     /// [`Ring::publish`].
     pub fn push(&mut self, head: u16, written: u32) {
         let slot = usize::from(self.queue.next_used & (self.size() - 1));
-        let entry = u64::from(head) | u64::from(written) << 32;
-        // Bounds hold by construction of the slices in `open`.
-        let _ = self.used.write_obj(entry.to_le(), 4 + 8 * slot);
+        store_u32(&self.used, 4 + 8 * slot, u32::from(head));
+        store_u32(&self.used, 8 + 8 * slot, written);
         self.queue.next_used = self.queue.next_used.wrapping_add(1);
     }
 
@@ -327,33 +384,26 @@ impl<'m> Ring<'_, 'm> {
         self.queue.config.size
     }
 
-    fn gather(&self, chain: &mut Chain<'m>) -> Result<(), QueueError> {
+    fn gather(&mut self, chain: &mut Chain<'m>) -> Result<(), QueueError> {
         let head = chain.head;
-        let first = descriptor(&self.desc, head, head)?;
+        let table = self.desc;
+        let first = descriptor(&table, head, head)?;
         if first.flags & DESC_F_INDIRECT == 0 {
-            return self.walk(&self.desc, first, chain);
+            return self.walk(&table, first, chain);
         }
-        let len = usize::try_from(first.len).expect("a u32 fits");
-        if first.flags & DESC_F_NEXT != 0 || len == 0 || !len.is_multiple_of(DESC_SIZE) {
-            return Err(QueueError::Chain {
-                head,
-                what: "the indirect descriptor has a next flag or a bad length",
-            });
+        let Descriptor { address, len, .. } = first;
+        let size = usize::try_from(len).expect("a u32 fits");
+        if first.flags & DESC_F_NEXT != 0 || size == 0 || !size.is_multiple_of(DESC_SIZE) {
+            let what = "the indirect descriptor has a next flag or a bad length";
+            return Err(QueueError::Chain { head, what });
         }
-        let missing = QueueError::Buffer {
-            head,
-            address: first.address,
-            len: first.len,
-        };
-        let table = self
-            .mem
-            .get_slice(GuestAddress(first.address), len)
-            .map_err(|_| missing)?;
+        let table = self.window.get(self.mem, address, size);
+        let table = table.ok_or(QueueError::Buffer { head, address, len })?;
         self.walk(&table, descriptor(&table, 0, head)?, chain)
     }
 
     fn walk(
-        &self,
+        &mut self,
         table: &VolatileSlice<'m>,
         first: Descriptor,
         chain: &mut Chain<'m>,
@@ -378,32 +428,31 @@ impl<'m> Ring<'_, 'm> {
         Err(malformed("a loop or more than 1024 descriptors"))
     }
 
-    fn add_piece(&self, desc: Descriptor, chain: &mut Chain<'m>) -> Result<(), QueueError> {
+    fn add_piece(&mut self, desc: Descriptor, chain: &mut Chain<'m>) -> Result<(), QueueError> {
         let (head, Descriptor { address, len, .. }) = (chain.head, desc);
         let side = match desc.flags & DESC_F_WRITE != 0 {
             true => &mut chain.writable,
             false if chain.writable.is_empty() => &mut chain.readable,
             false => {
-                return Err(QueueError::Chain {
-                    head,
-                    what: "a readable descriptor behind a writable one",
-                });
+                let what = "a readable descriptor behind a writable one";
+                return Err(QueueError::Chain { head, what });
             }
         };
         if len == 0 {
             return Ok(());
         }
-        let count = usize::try_from(len).expect("a u32 fits");
-        let slice = self.mem.get_slice(GuestAddress(address), count);
-        side.push(&slice.map_err(|_| QueueError::Buffer { head, address, len })?);
+        let piece = self
+            .window
+            .get(self.mem, address, usize::try_from(len).expect("a u32 fits"));
+        side.push(&piece.ok_or(QueueError::Buffer { head, address, len })?);
         Ok(())
     }
 }
 
 fn descriptor(table: &VolatileSlice<'_>, index: u16, head: u16) -> Result<Descriptor, QueueError> {
     let offset = DESC_SIZE * usize::from(index);
-    // One read each: the guest may change the table while it is looked at.
-    match (table.read_obj::<u64>(offset), table.read_obj::<u64>(offset + 8)) {
+    // Each half is read once: the guest may change the table while it is looked at.
+    match (half(table, offset), half(table, offset + 8)) {
         (Ok(address), Ok(rest)) => {
             let [l0, l1, l2, l3, f0, f1, n0, n1] = u64::from_le(rest).to_le_bytes();
             Ok(Descriptor {
@@ -420,11 +469,23 @@ fn descriptor(table: &VolatileSlice<'_>, index: u16, head: u16) -> Result<Descri
     }
 }
 
+/// Half a descriptor. Tables of indirect descriptors need not be aligned, but are.
+fn half(table: &VolatileSlice<'_>, offset: usize) -> Result<u64, VolatileMemoryError> {
+    table
+        .load(offset, Ordering::Relaxed)
+        .or_else(|_| table.read_obj(offset))
+}
+
 fn load_u16(slice: &VolatileSlice<'_>, offset: usize, order: Ordering) -> u16 {
     slice
         .load::<u16>(offset, order)
         .map(u16::from_le)
         .expect("`open` checked the ring's size and alignment")
+}
+
+fn store_u32(slice: &VolatileSlice<'_>, offset: usize, value: u32) {
+    let stored = slice.store(value.to_le(), offset, Ordering::Relaxed);
+    stored.expect("`open` checked the ring's size and alignment");
 }
 
 fn store_u16(slice: &VolatileSlice<'_>, offset: usize, value: u16, order: Ordering) {
