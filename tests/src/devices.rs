@@ -1,0 +1,70 @@
+//! The devices of a test machine, as the API names their settings.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::Tap;
+
+/// A disk.
+#[derive(Debug, Clone)]
+pub struct Drive(Value);
+
+impl Drive {
+    /// A writable data disk.
+    pub fn new(id: &str, image: impl AsRef<Path>) -> Self {
+        let path = image.as_ref().display().to_string();
+        Self(json!({"drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": false}))
+    }
+
+    /// Makes it the root disk.
+    pub fn root(self) -> Self {
+        self.with("is_root_device", true)
+    }
+
+    /// The guest may not write to it.
+    pub fn read_only(self) -> Self {
+        self.with("is_read_only", true)
+    }
+
+    /// The guest's flushes reach the host's disk.
+    pub fn writeback(self) -> Self {
+        self.with("cache_type", "Writeback")
+    }
+
+    /// Any other setting.
+    pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.0[key] = value.into();
+        self
+    }
+
+    pub(crate) fn into_json(self) -> Value {
+        self.0
+    }
+}
+
+/// A network card.
+#[derive(Debug, Clone)]
+pub struct Net(Value);
+
+impl Net {
+    /// A card on this tap.
+    pub fn new(id: &str, tap: &Tap) -> Self {
+        Self::on(id, tap.name())
+    }
+
+    /// A card on the tap of this name.
+    pub fn on(id: &str, tap: &str) -> Self {
+        Self(json!({"iface_id": id, "host_dev_name": tap}))
+    }
+
+    /// Any other setting.
+    pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.0[key] = value.into();
+        self
+    }
+
+    pub(crate) fn into_json(self) -> Value {
+        self.0
+    }
+}

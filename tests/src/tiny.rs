@@ -1,0 +1,183 @@
+//! A kernel of a few instructions, for tests of the machine's life cycle: it writes to the serial port, and ends or
+//! waits in one of the ways that matter. The same bytes run in protected mode (PVH entry) and in long mode (64-bit
+//! entry): they use no stack, no REX prefix and no absolute operand that the two decode differently.
+
+use std::path::PathBuf;
+
+use crate::{Result, Scratch};
+
+/// Where the code is loaded and entered.
+const BASE: u32 = 0x10_0000;
+/// Where the code is in the file: a page boundary, so that it can be mapped.
+const CODE_OFFSET: usize = 0x1000;
+
+/// Machine code under construction.
+#[derive(Debug, Clone)]
+pub struct TinyKernel {
+    code: Vec<u8>,
+    pvh: bool,
+}
+
+impl Default for TinyKernel {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl TinyKernel {
+    /// No instruction yet.
+    pub fn new() -> Self {
+        // mov edx, 0x3f8 (the serial port, for all that follows)
+        Self {
+            code: vec![0xba, 0xf8, 0x03, 0x00, 0x00],
+            pvh: true,
+        }
+    }
+
+    /// Leaves out the note that names the PVH entry: only the 64-bit entry remains.
+    pub fn without_pvh_note(mut self) -> Self {
+        self.pvh = false;
+        self
+    }
+
+    /// Writes a text of up to 100 bytes to the serial port.
+    pub fn print(self, text: &str) -> Self {
+        let len = u8::try_from(text.len()).expect("the text fits a short jump");
+        // jmp over the text
+        let mut kernel = self.emit(&[0xeb, len]);
+        let at = BASE + u32::try_from(kernel.code.len()).expect("the code is short");
+        kernel.code.extend_from_slice(text.as_bytes());
+        // mov esi, text; mov ecx, length
+        kernel = kernel
+            .emit(&[0xbe])
+            .emit(&at.to_le_bytes())
+            .emit(&[0xb9, len, 0, 0, 0]);
+        // next: lodsb; out dx, al; loop next
+        kernel.emit(&[0xac, 0xee, 0xe2, 0xfc])
+    }
+
+    /// Writes `P` when running in protected mode and `L` in long mode.
+    pub fn print_mode(self) -> Self {
+        // xor eax, eax; inc eax (a prefix of the nop in long mode); nop; shl eax, 2; add al, 'L'; out dx, al
+        self.emit(&[0x31, 0xc0, 0x40, 0x90, 0xc1, 0xe0, 0x02, 0x04, b'L', 0xee])
+    }
+
+    /// Writes dots for ever, a little apart.
+    pub fn dots(self) -> Self {
+        // again: mov al, '.'; out dx, al; mov ecx, 2000; wait: loop wait; jmp again
+        self.emit(&[0xb0, b'.', 0xee, 0xb9, 0xd0, 0x07, 0, 0, 0xe2, 0xfe, 0xeb, 0xf4])
+    }
+
+    /// Writes back every byte that the serial port receives, for ever.
+    pub fn echo(self) -> Self {
+        // again: mov dl, 0xfd; in al, dx; and al, 1; jz again; mov dl, 0xf8; in al, dx; out dx, al; jmp again
+        self.emit(&[
+            0xb2, 0xfd, 0xec, 0x24, 0x01, 0x74, 0xf9, 0xb2, 0xf8, 0xec, 0xee, 0xeb, 0xf3,
+        ])
+    }
+
+    /// Does nothing for ever, at full speed.
+    pub fn spin(self) -> Self {
+        self.emit(&[0xeb, 0xfe])
+    }
+
+    /// Sleeps for ever, with interrupts off.
+    pub fn halt(self) -> Self {
+        // again: cli; hlt; jmp again
+        self.emit(&[0xfa, 0xf4, 0xeb, 0xfc])
+    }
+
+    /// Resets the machine through the keyboard controller.
+    pub fn reset(self) -> Self {
+        // mov al, 0xfe; out 0x64, al
+        self.emit(&[0xb0, 0xfe, 0xe6, 0x64]).halt()
+    }
+
+    /// Crashes the processor.
+    pub fn triple_fault(self) -> Self {
+        // sub ecx, ecx; lea of an empty table: mov [ecx+0x8000], ecx twice (limit 0, base 0), lidt [ecx+0x8000]; ud2
+        let table = 0x8000_u32.to_le_bytes();
+        let next = 0x8004_u32.to_le_bytes();
+        let kernel = self
+            .emit(&[0x29, 0xc9, 0x89, 0x89])
+            .emit(&table)
+            .emit(&[0x89, 0x89])
+            .emit(&next);
+        kernel
+            .emit(&[0x89, 0x89])
+            .emit(&0x8008_u32.to_le_bytes())
+            .emit(&[0x0f, 0x01, 0x99])
+            .emit(&table)
+            .emit(&[0x0f, 0x0b])
+    }
+
+    /// Runs code where there is no memory.
+    pub fn run_off(self) -> Self {
+        // mov eax, 0xd8000000; jmp eax
+        self.emit(&[0xb8])
+            .emit(&0xd800_0000_u32.to_le_bytes())
+            .emit(&[0xff, 0xe0])
+    }
+
+    /// Writes the kernel as an ELF file into a folder.
+    pub fn write(&self, scratch: &Scratch) -> Result<PathBuf> {
+        scratch.file("kernel", self.elf())
+    }
+
+    /// The kernel as an ELF file.
+    pub fn elf(&self) -> Vec<u8> {
+        let note_offset = 64 + 2 * 56;
+        let note = self.note();
+        let mut file = header(if self.pvh { 2 } else { 1 });
+        file.extend(program_header(1, CODE_OFFSET, BASE, self.code.len()));
+        file.extend(program_header(4, note_offset, 0, note.len()));
+        file.extend(note);
+        file.resize(CODE_OFFSET, 0);
+        file.extend(&self.code);
+        file
+    }
+
+    /// The note `XEN_ELFNOTE_PHYS32_ENTRY`.
+    fn note(&self) -> Vec<u8> {
+        let words = [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), BASE];
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    fn emit(mut self, bytes: &[u8]) -> Self {
+        self.code.extend_from_slice(bytes);
+        self
+    }
+}
+
+/// The header of a 64-bit x86 executable whose program headers follow at once.
+fn header(segments: u16) -> Vec<u8> {
+    let mut header = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    header.extend([2u16, 62].iter().flat_map(|half| half.to_le_bytes()));
+    header.extend(1u32.to_le_bytes());
+    header.extend(
+        [u64::from(BASE), 64, 0]
+            .iter()
+            .flat_map(|word| word.to_le_bytes()),
+    );
+    header.extend(0u32.to_le_bytes());
+    header.extend(
+        [64, 56, segments, 0, 0, 0]
+            .iter()
+            .flat_map(|half: &u16| half.to_le_bytes()),
+    );
+    header
+}
+
+fn program_header(kind: u32, offset: usize, address: u32, len: usize) -> Vec<u8> {
+    let mut header = [kind, 7]
+        .iter()
+        .flat_map(|half| half.to_le_bytes())
+        .collect::<Vec<_>>();
+    let (offset, address, len) = (offset as u64, u64::from(address), len as u64);
+    header.extend(
+        [offset, address, address, len, len, 0x1000]
+            .iter()
+            .flat_map(|word| word.to_le_bytes()),
+    );
+    header
+}

@@ -1,0 +1,246 @@
+//! A test's machine: what it is to be, and then the running one.
+
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use serde_json::{Map, Value, json};
+
+use crate::environment::{count_guest, require_fast_kvm, require_kvm};
+use crate::guest::{Dialogue, Guest};
+use crate::{Drive, GuestImage, Monitor, MonitorBuilder, Net, Result};
+
+/// Arguments for the guest images: a quiet console with the agent on it, and resets that end the machine.
+const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet mayfly.agent";
+
+/// How the monitor learns what the machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Configure {
+    Api,
+    File,
+    FileOnly,
+}
+
+/// Describes a machine. Unless told otherwise it has 1 vCPU and 128 MiB, boots the guest images' kernel with their
+/// initramfs, and is configured over the API.
+#[derive(Debug, Clone)]
+pub struct TestVm {
+    name: String,
+    args: Vec<String>,
+    configure: Configure,
+    vcpus: u8,
+    mem_mib: usize,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    boot_args: String,
+    drives: Vec<Drive>,
+    nets: Vec<Net>,
+    sections: Map<String, Value>,
+}
+
+impl TestVm {
+    /// A machine; the name is for messages.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            args: Vec::new(),
+            configure: Configure::Api,
+            vcpus: 1,
+            mem_mib: 128,
+            kernel: None,
+            initrd: None,
+            boot_args: BOOT_ARGS.into(),
+            drives: Vec::new(),
+            nets: Vec::new(),
+            sections: Map::new(),
+        }
+    }
+
+    /// The number of vCPUs.
+    pub fn vcpus(mut self, count: u8) -> Self {
+        self.vcpus = count;
+        self
+    }
+
+    /// The size of memory in MiB.
+    pub fn mem_mib(mut self, size: usize) -> Self {
+        self.mem_mib = size;
+        self
+    }
+
+    /// Another kernel.
+    pub fn kernel(mut self, path: impl AsRef<Path>) -> Self {
+        self.kernel = Some(path.as_ref().into());
+        self
+    }
+
+    /// Adds to the kernel's command line.
+    pub fn boot_arg(mut self, arg: &str) -> Self {
+        self.boot_args.push(' ');
+        self.boot_args.push_str(arg);
+        self
+    }
+
+    /// Adds a disk.
+    pub fn drive(mut self, drive: Drive) -> Self {
+        self.drives.push(drive);
+        self
+    }
+
+    /// Adds a network card.
+    pub fn net(mut self, net: Net) -> Self {
+        self.nets.push(net);
+        self
+    }
+
+    /// Adds the entropy device.
+    pub fn entropy(self) -> Self {
+        self.section("entropy", json!({}))
+    }
+
+    /// Sends the console's output to a file.
+    pub fn serial_file(self, path: &Path) -> Self {
+        self.section("serial", json!({"serial_out_path": path}))
+    }
+
+    /// Any other section of the config file, which is also the name of an API resource.
+    pub fn section(mut self, name: &str, value: Value) -> Self {
+        self.sections.insert(name.into(), value);
+        self
+    }
+
+    /// Adds command line arguments of the monitor.
+    pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Puts the devices on virtio-mmio.
+    pub fn mmio(self) -> Self {
+        self.args(["--no-pci"])
+    }
+
+    /// Configures it by a config file, with an API socket beside.
+    pub fn config_file(mut self) -> Self {
+        self.configure = Configure::File;
+        self
+    }
+
+    /// Configures it by a config file only.
+    pub fn config_file_without_api(mut self) -> Self {
+        self.configure = Configure::FileOnly;
+        self
+    }
+
+    /// The machine as the content of a config file.
+    pub fn config(&self) -> Result<Value> {
+        let mut config = json!({
+            "machine-config": {"vcpu_count": self.vcpus, "mem_size_mib": self.mem_mib},
+            "boot-source": self.boot_source()?,
+            "drives": self.drives.iter().cloned().map(Drive::into_json).collect::<Vec<_>>(),
+            "network-interfaces": self.nets.iter().cloned().map(Net::into_json).collect::<Vec<_>>(),
+        });
+        for (name, value) in &self.sections {
+            config[name] = value.clone();
+        }
+        Ok(config)
+    }
+
+    fn boot_source(&self) -> Result<Value> {
+        let (kernel, initrd) = match &self.kernel {
+            Some(kernel) => (kernel.clone(), self.initrd.clone()),
+            None => (GuestImage::Vmlinux.path()?, Some(GuestImage::Initramfs.path()?)),
+        };
+        Ok(json!({"kernel_image_path": kernel, "initrd_path": initrd, "boot_args": self.boot_args}))
+    }
+
+    /// Another initial RAM disk.
+    pub fn initrd(mut self, path: impl AsRef<Path>) -> Self {
+        self.initrd = Some(path.as_ref().into());
+        self
+    }
+
+    /// Starts the machine, and waits until its Linux runs commands.
+    pub fn boot(self) -> Result<Vm> {
+        require_fast_kvm()?;
+        let name = self.name.clone();
+        let vm = self.start()?;
+        vm.guest().wait_ready()?;
+        count_guest(&name)?;
+        Ok(vm)
+    }
+
+    /// Starts the machine, and does not wait for its guest.
+    pub fn start(self) -> Result<Vm> {
+        require_kvm()?;
+        let monitor = match self.configure {
+            Configure::Api => {
+                let monitor = self.monitor()?.start()?;
+                put_config(&monitor, &self.config()?)?;
+                monitor.action("InstanceStart")?;
+                monitor
+            }
+            Configure::File => self.with_config_file()?.start()?,
+            Configure::FileOnly => self
+                .with_config_file()?
+                .args(["--no-api"])
+                .without_api_socket()
+                .spawn()?,
+        };
+        Ok(Vm {
+            monitor,
+            dialogue: Mutex::default(),
+        })
+    }
+
+    fn monitor(&self) -> Result<MonitorBuilder> {
+        Ok(MonitorBuilder::new(&self.name)?.args(self.args.clone()).metrics())
+    }
+
+    fn with_config_file(&self) -> Result<MonitorBuilder> {
+        let builder = self.monitor()?;
+        std::fs::write(builder.dir().join("config.json"), self.config()?.to_string())?;
+        Ok(builder.args(["--config-file", "config.json"]))
+    }
+}
+
+/// Configures a machine over the API, request by request.
+fn put_config(monitor: &Monitor, config: &Value) -> Result {
+    for (section, value) in config.as_object().into_iter().flatten() {
+        let id_key = match section.as_str() {
+            "drives" => "drive_id",
+            "network-interfaces" => "iface_id",
+            _ => {
+                monitor.put(&format!("/{section}"), value)?.success()?;
+                continue;
+            }
+        };
+        for device in value.as_array().into_iter().flatten() {
+            let id = device[id_key].as_str().unwrap_or_default();
+            monitor.put(&format!("/{section}/{id}"), device)?.success()?;
+        }
+    }
+    Ok(())
+}
+
+/// A machine that was started; dereferences to its monitor. It is killed when dropped.
+#[derive(Debug)]
+pub struct Vm {
+    monitor: Monitor,
+    dialogue: Mutex<Dialogue>,
+}
+
+impl Vm {
+    /// Its Linux.
+    pub fn guest(&self) -> Guest<'_> {
+        Guest::new(&self.monitor, &self.dialogue)
+    }
+}
+
+impl Deref for Vm {
+    type Target = Monitor;
+
+    fn deref(&self) -> &Monitor {
+        &self.monitor
+    }
+}
