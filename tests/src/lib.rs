@@ -25,6 +25,7 @@ mod environment;
 mod failure;
 mod guest;
 mod image;
+pub mod isolation;
 mod monitor;
 mod scratch;
 mod tap;

@@ -71,6 +71,12 @@ impl MonitorBuilder {
         self
     }
 
+    /// Lets a process of any user create files in its folder.
+    pub fn open_to_all(self) -> Result<Self> {
+        self.scratch.open_to_all()?;
+        Ok(self)
+    }
+
     /// The folder of the process, for files that its arguments name.
     pub fn dir(&self) -> &Path {
         &self.scratch

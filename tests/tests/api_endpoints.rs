@@ -112,10 +112,9 @@ fn machine_config_out_of_range_is_refused_and_changes_nothing() -> Result {
     put(33, 128, false)?.assert_refused(&["Machine config error", "vcpu"]);
     put(3, 128, true)?.assert_refused(&["Machine config error", "vcpu"]);
     put(1, 0, false)?.assert_refused(&["Machine config error", "mem_size_mib"]);
-    assert_refused(
-        &monitor.patch("/machine-config", &json!({"vcpu_count": 33}))?,
-        &["Machine config error"],
-    );
+    monitor
+        .patch("/machine-config", &json!({"vcpu_count": 33}))?
+        .assert_refused(&["Machine config error"]);
     assert_eq!(monitor.get("/vm/config")?, before);
     put(32, 128, false)?.success()?;
     Ok(())
@@ -192,10 +191,9 @@ fn the_root_drive_comes_first_and_there_is_one() -> Result {
     let root = |id: &str| json!({"drive_id": id, "path_on_host": image, "is_root_device": true});
     monitor.put("/drives/data", &drive(&image))?.success()?;
     monitor.put("/drives/root", &root("root"))?.success()?;
-    assert_refused(
-        &monitor.put("/drives/other", &root("other"))?,
-        &["Drive config error", "root"],
-    );
+    monitor
+        .put("/drives/other", &root("other"))?
+        .assert_refused(&["Drive config error", "root"]);
     let drives = monitor.get("/vm/config")?.json()?["drives"].clone();
     assert_eq!(
         (&drives[0]["drive_id"], &drives[1]["drive_id"]),
@@ -251,7 +249,9 @@ fn what_needs_a_running_machine_is_refused_before_start() -> Result {
             &json!({"drive_id": "data", "path_on_host": "/dev/null"}),
         )?,
     ];
-    answers.map(|answer| answer.assert_refused(&[refusal]));
+    answers
+        .iter()
+        .for_each(|answer| answer.assert_refused(&[refusal]));
     Ok(())
 }
 
@@ -259,10 +259,9 @@ fn what_needs_a_running_machine_is_refused_before_start() -> Result {
 fn a_start_without_a_kernel_is_refused_and_can_be_repeated() -> Result {
     let monitor = monitor("no-kernel")?;
     let start = json!({"action_type": "InstanceStart"});
-    assert_refused(
-        &monitor.put("/actions", &start)?,
-        &["Start microvm error", "kernel"],
-    );
+    monitor
+        .put("/actions", &start)?
+        .assert_refused(&["Start microvm error", "kernel"]);
     assert_eq!(monitor.get("/")?.json()?["state"], "Not started");
     monitor
         .put("/boot-source", &json!({"kernel_image_path": kernel(&monitor)?}))?

@@ -1,0 +1,83 @@
+//! Processes that find less than the machine has: no `/dev/kvm`, or one that they may not open. For
+//! [`MonitorBuilder::prepare`](crate::MonitorBuilder::prepare); everybody may do this on most machines, root on all.
+
+use std::ffi::CStr;
+use std::io;
+
+const KVM: &CStr = c"/dev/kvm";
+/// The user `nobody`.
+const NOBODY: u32 = 65534;
+
+/// Hides `/dev/kvm` from the process behind a device that is none.
+pub fn hide_kvm() -> io::Result<()> {
+    own_mounts()?;
+    bind(c"/dev/null", KVM)
+}
+
+/// Takes the right to open `/dev/kvm` from the process.
+pub fn forbid_kvm() -> io::Result<()> {
+    own_mounts()?;
+    // In a mount namespace of its own, a file system that nobody may search hides all devices at once.
+    mount(c"none", c"/dev", Some(c"tmpfs"), 0, Some(c"mode=0755"))?;
+    // SAFETY: needed because this runs between fork and exec, where only system calls may be made; these are, and the
+    // string ends with zero.
+    unsafe {
+        let file = check(libc::open(KVM.as_ptr(), libc::O_CREAT | libc::O_CLOEXEC, 0))?;
+        check(libc::close(file))?;
+        if libc::geteuid() == 0 {
+            check(libc::setgroups(0, std::ptr::null()))?;
+            check(libc::setgid(NOBODY))?;
+            check(libc::setuid(NOBODY))?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the process mounts of its own, that nobody else sees.
+fn own_mounts() -> io::Result<()> {
+    // SAFETY: needed because the standard library knows no namespaces; the call takes flags only.
+    unsafe {
+        let user = if libc::geteuid() == 0 {
+            0
+        } else {
+            libc::CLONE_NEWUSER
+        };
+        check(libc::unshare(libc::CLONE_NEWNS | user))?;
+    }
+    mount(c"none", c"/", None, libc::MS_REC | libc::MS_PRIVATE, None)
+}
+
+fn bind(source: &CStr, target: &CStr) -> io::Result<()> {
+    mount(source, target, None, libc::MS_BIND, None)
+}
+
+fn mount(
+    source: &CStr,
+    target: &CStr,
+    kind: Option<&CStr>,
+    flags: libc::c_ulong,
+    data: Option<&CStr>,
+) -> io::Result<()> {
+    let kind = kind.map_or(std::ptr::null(), CStr::as_ptr);
+    let data = data.map_or(std::ptr::null(), CStr::as_ptr);
+    // SAFETY: needed because the standard library knows no mounts. All strings end with zero, and null stands for
+    // those that the operation has no use for.
+    unsafe {
+        check(libc::mount(
+            source.as_ptr(),
+            target.as_ptr(),
+            kind,
+            flags,
+            data.cast(),
+        ))
+    }
+    .map(drop)
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
