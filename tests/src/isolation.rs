@@ -8,17 +8,21 @@ const KVM: &CStr = c"/dev/kvm";
 /// The user `nobody`.
 const NOBODY: u32 = 65534;
 
-/// Hides `/dev/kvm` from the process behind a device that is none.
+/// Hides all devices from the process, `/dev/kvm` among them.
 pub fn hide_kvm() -> io::Result<()> {
     own_mounts()?;
-    bind(c"/dev/null", KVM)
+    mount(c"none", c"/dev", Some(c"tmpfs"), 0, Some(c"mode=0755"))
+}
+
+/// Puts a device that is no KVM in the place of `/dev/kvm`.
+pub fn replace_kvm() -> io::Result<()> {
+    own_mounts()?;
+    mount(c"/dev/null", KVM, None, libc::MS_BIND, None)
 }
 
 /// Takes the right to open `/dev/kvm` from the process.
 pub fn forbid_kvm() -> io::Result<()> {
-    own_mounts()?;
-    // In a mount namespace of its own, a file system that nobody may search hides all devices at once.
-    mount(c"none", c"/dev", Some(c"tmpfs"), 0, Some(c"mode=0755"))?;
+    hide_kvm()?;
     // SAFETY: needed because this runs between fork and exec, where only system calls may be made; these are, and the
     // string ends with zero.
     unsafe {
@@ -45,10 +49,6 @@ fn own_mounts() -> io::Result<()> {
         check(libc::unshare(libc::CLONE_NEWNS | user))?;
     }
     mount(c"none", c"/", None, libc::MS_REC | libc::MS_PRIVATE, None)
-}
-
-fn bind(source: &CStr, target: &CStr) -> io::Result<()> {
-    mount(source, target, None, libc::MS_BIND, None)
 }
 
 fn mount(

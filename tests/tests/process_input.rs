@@ -262,6 +262,15 @@ fn without_kvm_a_start_is_refused_with_what_to_do() -> Result {
 }
 
 #[test]
+fn a_device_that_is_no_kvm_is_named() -> Result {
+    let monitor = MonitorBuilder::new("odd-kvm")?
+        .prepare(isolation::replace_kvm)
+        .start()?;
+    refusal_without_kvm(&monitor)?.assert_refused(&["Start microvm error", "KVM"]);
+    Ok(())
+}
+
+#[test]
 fn without_the_right_to_kvm_a_start_is_refused_with_what_to_do() -> Result {
     let builder = MonitorBuilder::new("no-right")?.open_to_all()?;
     let monitor = builder.prepare(isolation::forbid_kvm).start()?;

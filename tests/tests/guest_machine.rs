@@ -1,0 +1,169 @@
+//! What a guest finds: processors, memory, tables, clocks, entropy.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use mayfly_tests::{Guest, Result, TestVm};
+
+#[test]
+fn the_platform_is_what_a_kernel_expects() -> Result {
+    let vm = TestVm::new("platform").entropy().boot()?;
+    let guest = vm.guest();
+    assert_log_is_clean(&guest)?;
+    assert_processor_is_a_guests(&guest)?;
+    assert_tables(&guest)?;
+    assert_clock_is_right(&guest)?;
+    assert_entropy(&guest)
+}
+
+/// No complaint of the kernel about the machine.
+fn assert_log_is_clean(guest: &Guest) -> Result {
+    let complaints =
+        "ACPI.*Error|ACPI BIOS|BUG|WARNING|Call Trace|[Ff]irmware bug|unexpected|soft lockup|stall";
+    let log = guest.run(&format!("dmesg | grep -E '{complaints}'"))?;
+    assert_eq!(log.stdout, "");
+    Ok(())
+}
+
+fn assert_processor_is_a_guests(guest: &Guest) -> Result {
+    let cpu = guest.check("cat /proc/cpuinfo")?;
+    let flags: Vec<&str> = cpu
+        .lines()
+        .find(|line| line.starts_with("flags"))
+        .unwrap_or_default()
+        .split(' ')
+        .collect();
+    assert!(flags.contains(&"hypervisor"), "{flags:?}");
+    assert!(!flags.contains(&"vmx") && !flags.contains(&"svm"), "{flags:?}");
+    Ok(())
+}
+
+fn assert_tables(guest: &Guest) -> Result {
+    let tables = guest.check("ls /sys/firmware/acpi/tables")?;
+    for table in ["APIC", "DSDT", "FACP", "MCFG"] {
+        assert!(tables.contains(table), "{table} in {tables}");
+    }
+    let log = guest.check("dmesg")?;
+    assert!(
+        log.contains("ACPI: RSDP") && !log.contains("MPTABLE") && !log.contains("Intel MultiProcessor"),
+        "{log}"
+    );
+    Ok(())
+}
+
+fn assert_clock_is_right(guest: &Guest) -> Result {
+    let sources = guest.check("cat /sys/devices/system/clocksource/clocksource0/available_clocksource")?;
+    assert!(sources.contains("kvm-clock"), "{sources}");
+    let before = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let time: u64 = guest.check("date -u +%s")?.parse()?;
+    let after = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    assert!(
+        (before - 3..=after + 3).contains(&time),
+        "{before} {time} {after}"
+    );
+    // The battery-backed clock has whole seconds; busybox reads it in UTC.
+    let rtc: u64 = guest.check("cat /sys/class/rtc/rtc0/since_epoch")?.parse()?;
+    assert!((before - 3..=after + 30).contains(&rtc), "{before} {rtc} {after}");
+    Ok(())
+}
+
+fn assert_entropy(guest: &Guest) -> Result {
+    assert_eq!(
+        guest.check("cat /sys/class/misc/hw_random/rng_current")?,
+        "virtio_rng.0"
+    );
+    let draw = "dd if=/dev/hwrng bs=64 count=16 2>/dev/null | md5sum";
+    let (one, two) = (guest.check(draw)?, guest.check(draw)?);
+    assert_ne!(one, two);
+    assert_eq!(
+        guest.check("dd if=/dev/hwrng bs=64 count=16 2>/dev/null | wc -c")?,
+        "1024"
+    );
+    Ok(())
+}
+
+/// All processors are online, take work, and agree on the time.
+fn assert_processors(guest: &Guest, count: u32) -> Result {
+    assert_eq!(
+        guest.check("nproc; grep -c ^processor /proc/cpuinfo")?,
+        format!("{count}\n{count}")
+    );
+    let online = guest.check("cat /sys/devices/system/cpu/online")?;
+    assert_eq!(online, format!("0-{}", count - 1));
+    let script = format!(
+        "last=0; round=0
+         while [ $round -lt 5 ]; do
+             cpu=0
+             while [ $cpu -lt {count} ]; do
+                 now=$(taskset -c $cpu awk '{{ printf \"%d\", $1 * 100 }}' /proc/uptime) || exit 2
+                 [ $now -ge $last ] || {{ echo CPU $cpu went back from $last to $now; exit 1; }}
+                 last=$now; cpu=$((cpu + 1))
+             done
+             round=$((round + 1))
+         done"
+    );
+    assert_eq!(guest.check(&script)?, "");
+    Ok(())
+}
+
+#[test]
+fn two_processors_are_online_and_work() -> Result {
+    let vm = TestVm::new("cpus-2").vcpus(2).boot()?;
+    assert_processors(&vm.guest(), 2)?;
+    assert_log_is_clean(&vm.guest())
+}
+
+#[test]
+fn four_processors_are_online_and_work_on_mmio() -> Result {
+    let vm = TestVm::new("cpus-4").vcpus(4).mmio().boot()?;
+    assert_processors(&vm.guest(), 4)?;
+    assert_log_is_clean(&vm.guest())
+}
+
+#[test]
+fn threads_share_a_core_where_asked() -> Result {
+    let machine = serde_json::json!({"vcpu_count": 2, "mem_size_mib": 128, "smt": true});
+    let vm = TestVm::new("smt").section("machine-config", machine).boot()?;
+    let topology = "cat /sys/devices/system/cpu/cpu0/topology/thread_siblings_list";
+    assert_eq!(vm.guest().check(topology)?, "0-1");
+    Ok(())
+}
+
+/// The ranges of RAM that the guest knows, each as `start-end`.
+fn ram(guest: &Guest) -> Result<Vec<String>> {
+    let ranges = guest.check("grep 'System RAM' /proc/iomem")?;
+    Ok(ranges
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .map(str::to_owned)
+        .collect())
+}
+
+#[test]
+fn sixty_four_mebibytes_are_enough() -> Result {
+    let vm = TestVm::new("mem-64").mem_mib(64).boot()?;
+    assert_eq!(
+        ram(&vm.guest())?.last().map(String::as_str),
+        Some("00100000-03ffffff")
+    );
+    Ok(())
+}
+
+#[test]
+fn memory_goes_on_above_4_gib_and_is_usable_there() -> Result {
+    let vm = TestVm::new("mem-5g").mem_mib(5 << 10).boot()?;
+    let guest = vm.guest();
+    let ranges = ram(&guest)?;
+    assert_eq!(
+        ranges[ranges.len() - 2..],
+        ["00100000-bfffffff", "100000000-17fffffff"]
+    );
+    let total: u64 = guest
+        .check("awk '/MemTotal/ { print $2 }' /proc/meminfo")?
+        .parse()?;
+    assert!((4_700_000..5_242_880).contains(&total), "{total} kB");
+    // Linux takes high memory first: these pages are above 4 GiB.
+    guest.check(
+        "mount -t tmpfs none /mnt && dd if=/dev/zero bs=1M count=32 | tr '\\0' x >/mnt/x && md5sum /mnt/x",
+    )?;
+    assert_log_is_clean(&guest)
+}
