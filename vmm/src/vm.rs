@@ -113,7 +113,7 @@ impl Vm {
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let legacy = Legacy::new(&vm, &pio, config.serial.as_ref())?;
         let mut command_line = boot::command_line(&config)?;
-        let pci = settings.pci && !command_line.contains("pci=off");
+        let pci = settings.pci && !command_line.has_value("pci", "off");
 
         let io_loop = IoLoop::spawn("io 0").map_err(|source| VmError::Host {
             op: "start an io loop",

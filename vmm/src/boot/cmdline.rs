@@ -79,6 +79,15 @@ impl CommandLine {
             .any(|parameter| parameter.split('=').next() == Some(name))
     }
 
+    /// Whether the kernel's part gives this value to a parameter, alone or in a list with commas.
+    pub fn has_value(&self, name: &str, value: &str) -> bool {
+        let mut given = self
+            .kernel
+            .split(' ')
+            .filter_map(|parameter| parameter.split_once('='));
+        given.any(|(key, values)| key == name && values.split(',').any(|given| given == value))
+    }
+
     /// The whole line.
     pub fn as_string(&self) -> String {
         match &self.init {
@@ -209,6 +218,15 @@ mod tests {
 
         assert!(line.contains("root") && line.contains("quiet"));
         assert!(!line.contains("console") && !line.contains("roo"));
+    }
+
+    #[test]
+    fn finds_values_alone_and_in_lists_but_not_after_the_separator() {
+        let line = CommandLine::new("pci=nocrs,off quiet a=off -- pci=conf1").unwrap();
+        assert!(line.has_value("pci", "off") && line.has_value("a", "off"));
+        assert!(
+            !line.has_value("pci", "of") && !line.has_value("quiet", "") && !line.has_value("pci", "conf1")
+        );
     }
 
     #[test]
