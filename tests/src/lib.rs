@@ -27,8 +27,10 @@ mod guest;
 mod image;
 pub mod isolation;
 mod monitor;
+mod monitor_builder;
 mod scratch;
 mod tap;
+pub mod terminal;
 mod tiny;
 mod vm;
 
@@ -39,9 +41,11 @@ pub use environment::{GuestImage, binary};
 pub use failure::{Failure, Result};
 pub use guest::{Guest, Output};
 pub use image::{pattern, without_pvh_note, zeros};
-pub use monitor::{Monitor, MonitorBuilder};
+pub use monitor::Monitor;
+pub use monitor_builder::MonitorBuilder;
 pub use scratch::Scratch;
 pub use tap::Tap;
+pub use terminal::Terminal;
 pub use tiny::TinyKernel;
 pub use vm::{TestVm, Vm};
 

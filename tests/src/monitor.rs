@@ -2,173 +2,19 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::{
-    Client, Console, Failure, GUEST_TIMEOUT, HOST_TIMEOUT, Response, Result, Scratch, binary, wait_until,
-};
+use crate::{Client, Console, Failure, GUEST_TIMEOUT, HOST_TIMEOUT, Response, Result, Scratch, wait_until};
 
-/// What runs in the new process before it becomes the monitor.
-type Prepare = Box<dyn FnMut() -> std::io::Result<()> + Send + Sync>;
-
-/// Describes a process to be started.
-pub struct MonitorBuilder {
-    scratch: Scratch,
-    args: Vec<String>,
-    api: bool,
-    log_file: bool,
-    metrics: bool,
-    prepare: Option<Prepare>,
-}
-
-impl MonitorBuilder {
-    /// A monitor with an API socket and a log file in a new folder of its own.
-    pub fn new(name: &str) -> Result<Self> {
-        let scratch = Scratch::new(name)?;
-        Ok(Self {
-            scratch,
-            args: Vec::new(),
-            api: true,
-            log_file: true,
-            metrics: false,
-            prepare: None,
-        })
-    }
-
-    /// Adds command line arguments.
-    pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
-        self.args.extend(args.into_iter().map(Into::into));
-        self
-    }
-
-    /// Passes no `--api-sock`.
-    pub fn without_api_socket(mut self) -> Self {
-        self.api = false;
-        self
-    }
-
-    /// Lets the log go to standard output, where the guest's console is too.
-    pub fn log_to_stdout(mut self) -> Self {
-        self.log_file = false;
-        self
-    }
-
-    /// Writes metrics, for [`Monitor::metrics`].
-    pub fn metrics(mut self) -> Self {
-        self.metrics = true;
-        self
-    }
-
-    /// Runs this in the new process before it becomes the monitor; it may make system calls only.
-    pub fn prepare(mut self, prepare: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static) -> Self {
-        self.prepare = Some(Box::new(prepare));
-        self
-    }
-
-    /// Lets a process of any user create files in its folder.
-    pub fn open_to_all(self) -> Result<Self> {
-        self.scratch.open_to_all()?;
-        Ok(self)
-    }
-
-    /// The folder of the process, for files that its arguments name.
-    pub fn dir(&self) -> &Path {
-        &self.scratch
-    }
-
-    /// Starts the process, and waits until its API can be reached.
-    pub fn start(self) -> Result<Monitor> {
-        let monitor = self.spawn()?;
-        let mut ended = false;
-        wait_until("the API socket", HOST_TIMEOUT, || {
-            ended = monitor.has_ended();
-            ended || Client::connect(&monitor.socket()).is_ok()
-        })
-        .and_then(|()| {
-            if ended {
-                Err(Failure::new("the monitor ended early"))
-            } else {
-                Ok(())
-            }
-        })
-        .map_err(|failure| monitor.failure(&failure.to_string()))?;
-        Ok(monitor)
-    }
-
-    /// Starts the process, which may end at once.
-    pub fn spawn(mut self) -> Result<Monitor> {
-        let mut command = self.command()?;
-        let mut prepare = self.prepare.take();
-        let before_exec = move || {
-            prepare.as_mut().map_or(Ok(()), |prepare| prepare())?;
-            die_with_parent()
-        };
-        // SAFETY: needed to set up what the standard library cannot. The closure makes system calls only, as its
-        // documentation asks of callers, and neither allocates nor locks.
-        unsafe { command.pre_exec(before_exec) };
-        let mut child = command.spawn()?;
-        let stdin = child
-            .stdin
-            .take()
-            .ok_or_else(|| Failure::new("no standard input"))?;
-        let stdout = child
-            .stdout
-            .take()
-            .ok_or_else(|| Failure::new("no standard output"))?;
-        let stderr = child
-            .stderr
-            .take()
-            .ok_or_else(|| Failure::new("no standard error"))?;
-        Ok(Monitor {
-            scratch: self.scratch,
-            child: Mutex::new(child),
-            stdin: Mutex::new(Some(stdin)),
-            console: Console::record(stdout),
-            stderr: Console::record(stderr),
-            client: Mutex::new(None),
-        })
-    }
-
-    fn command(&self) -> Result<Command> {
-        let mut command = Command::new(binary()?);
-        let dir = self.scratch.display();
-        if self.api {
-            command.arg("--api-sock").arg(self.scratch.join(SOCKET));
-        }
-        if self.log_file {
-            command.arg(format!("--log-path={dir}/{LOG}"));
-        }
-        if self.metrics {
-            command.arg(format!("--metrics-path={dir}/{METRICS}"));
-        }
-        command.args(&self.args).current_dir(&*self.scratch);
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        Ok(command)
-    }
-}
-
-/// Makes the process die with the thread that started it, even if the test is killed.
-fn die_with_parent() -> std::io::Result<()> {
-    // SAFETY: needed because the standard library cannot ask for it. The call changes one setting of the process, and
-    // is allowed between fork and exec.
-    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
-}
-
-const SOCKET: &str = "api.sock";
-const LOG: &str = "log";
-const METRICS: &str = "metrics";
+pub(crate) const SOCKET: &str = "api.sock";
+pub(crate) const LOG: &str = "log";
+pub(crate) const METRICS: &str = "metrics";
 
 /// A started process. It is killed when dropped.
 #[derive(Debug)]
@@ -182,6 +28,20 @@ pub struct Monitor {
 }
 
 impl Monitor {
+    /// Takes over a process; its folder is `scratch`.
+    pub(crate) fn new(scratch: Scratch, mut child: Child) -> Self {
+        let stdout = child.stdout.take().map(Console::record);
+        let stderr = child.stderr.take().map(Console::record);
+        Self {
+            scratch,
+            stdin: Mutex::new(child.stdin.take()),
+            child: Mutex::new(child),
+            console: stdout.unwrap_or_default(),
+            stderr: stderr.unwrap_or_default(),
+            client: Mutex::new(None),
+        }
+    }
+
     /// Its folder.
     pub fn dir(&self) -> &Path {
         &self.scratch
@@ -218,6 +78,16 @@ impl Monitor {
     pub fn metrics(&self) -> Result<Vec<Value>> {
         let text = fs::read_to_string(self.scratch.join(METRICS))?;
         text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// A counter of the metrics, from the start until now: the sum over all lines, which hold differences.
+    pub fn counted(&self, group: &str, name: &str) -> Result<u64> {
+        self.action("FlushMetrics")?;
+        Ok(self
+            .metrics()?
+            .iter()
+            .filter_map(|line| line[group][name].as_u64())
+            .sum())
     }
 
     /// Sends bytes to its standard input: the guest's keyboard, so to speak.

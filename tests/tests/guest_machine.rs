@@ -19,7 +19,7 @@ fn the_platform_is_what_a_kernel_expects() -> Result {
 fn assert_log_is_clean(guest: &Guest) -> Result {
     let complaints =
         "ACPI.*Error|ACPI BIOS|BUG|WARNING|Call Trace|[Ff]irmware bug|unexpected|soft lockup|stall";
-    let log = guest.run(&format!("dmesg | grep -E '{complaints}'"))?;
+    let log = guest.run(&format!("dmesg | grep -B8 -A4 -E '{complaints}'"))?;
     assert_eq!(log.stdout, "");
     Ok(())
 }
@@ -119,15 +119,6 @@ fn four_processors_are_online_and_work_on_mmio() -> Result {
     assert_log_is_clean(&vm.guest())
 }
 
-#[test]
-fn threads_share_a_core_where_asked() -> Result {
-    let machine = serde_json::json!({"vcpu_count": 2, "mem_size_mib": 128, "smt": true});
-    let vm = TestVm::new("smt").section("machine-config", machine).boot()?;
-    let topology = "cat /sys/devices/system/cpu/cpu0/topology/thread_siblings_list";
-    assert_eq!(vm.guest().check(topology)?, "0-1");
-    Ok(())
-}
-
 /// The ranges of RAM that the guest knows, each as `start-end`.
 fn ram(guest: &Guest) -> Result<Vec<String>> {
     let ranges = guest.check("grep 'System RAM' /proc/iomem")?;
@@ -139,11 +130,11 @@ fn ram(guest: &Guest) -> Result<Vec<String>> {
 }
 
 #[test]
-fn sixty_four_mebibytes_are_enough() -> Result {
-    let vm = TestVm::new("mem-64").mem_mib(64).boot()?;
+fn ninety_six_mebibytes_are_enough() -> Result {
+    let vm = TestVm::new("mem-96").mem_mib(96).boot()?;
     assert_eq!(
         ram(&vm.guest())?.last().map(String::as_str),
-        Some("00100000-03ffffff")
+        Some("00100000-05ffffff")
     );
     Ok(())
 }
@@ -162,8 +153,6 @@ fn memory_goes_on_above_4_gib_and_is_usable_there() -> Result {
         .parse()?;
     assert!((4_700_000..5_242_880).contains(&total), "{total} kB");
     // Linux takes high memory first: these pages are above 4 GiB.
-    guest.check(
-        "mount -t tmpfs none /mnt && dd if=/dev/zero bs=1M count=32 | tr '\\0' x >/mnt/x && md5sum /mnt/x",
-    )?;
+    guest.check("dd if=/dev/zero bs=1M count=32 | tr '\\0' x >/tmp/x && md5sum /tmp/x")?;
     assert_log_is_clean(&guest)
 }

@@ -51,7 +51,7 @@ fn a_panic_of_the_guest_ends_the_machine() -> Result {
     vm.guest().run_last("echo c >/proc/sysrq-trigger")?;
     assert_ends_well(&vm)?;
     assert!(
-        vm.console().text().contains("Kernel panic"),
+        vm.console().text().contains("Trigger a crash"),
         "{}",
         vm.console().tail()
     );
