@@ -30,14 +30,16 @@ pub struct Monitor {
 impl Monitor {
     /// Takes over a process; its folder is `scratch`.
     pub(crate) fn new(scratch: Scratch, mut child: Child) -> Self {
-        let stdout = child.stdout.take().map(Console::record);
-        let stderr = child.stderr.take().map(Console::record);
+        // On a terminal there is nothing to record.
+        let nothing = || Console::record(std::io::empty());
+        let stdout = child.stdout.take().map_or_else(nothing, Console::record);
+        let stderr = child.stderr.take().map_or_else(nothing, Console::record);
         Self {
             scratch,
             stdin: Mutex::new(child.stdin.take()),
             child: Mutex::new(child),
-            console: stdout.unwrap_or_default(),
-            stderr: stderr.unwrap_or_default(),
+            console: stdout,
+            stderr,
             client: Mutex::new(None),
         }
     }

@@ -19,9 +19,20 @@ fn the_platform_is_what_a_kernel_expects() -> Result {
 fn assert_log_is_clean(guest: &Guest) -> Result {
     let complaints =
         "ACPI.*Error|ACPI BIOS|BUG|WARNING|Call Trace|[Ff]irmware bug|unexpected|soft lockup|stall";
-    let log = guest.run(&format!("dmesg | grep -B8 -A4 -E '{complaints}'"))?;
-    assert_eq!(log.stdout, "");
+    let script = format!("dmesg {} | grep -B8 -A4 -E '{complaints}'", known_complaints());
+    assert_eq!(guest.run(&script)?.stdout, "");
     Ok(())
+}
+
+/// A filter of the guest's log. The lab's emulated processor sets XCR0 without asking KVM, which then shows guests a
+/// wrong size of the state: Linux complains about it under every monitor there.
+fn known_complaints() -> &'static str {
+    match std::env::var_os("MAYFLY_LAB") {
+        Some(_) => {
+            "| awk '/XSAVE consistency problem/ { skip = 1 } !skip { print } /end trace/ { skip = 0 }'"
+        }
+        None => "",
+    }
 }
 
 fn assert_processor_is_a_guests(guest: &Guest) -> Result {
