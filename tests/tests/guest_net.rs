@@ -211,3 +211,16 @@ fn a_tap_made_by_the_monitor_goes_with_it() -> Result {
     assert!(!Tap::exists("mftest3"));
     Ok(())
 }
+
+#[test]
+fn a_failed_start_leaves_no_tap() -> Result {
+    let scratch = Scratch::new("no-kernel")?;
+    let kernel = scratch.file("kernel", "no kernel")?;
+    let failed = TestVm::new("net-failed")
+        .kernel(kernel)
+        .net(Net::on("net0", "mftest4"))
+        .start();
+    assert!(failed.is_err());
+    assert!(!Tap::exists("mftest4"));
+    Ok(())
+}

@@ -71,6 +71,16 @@ fn a_triple_fault_of_the_guest_ends_the_process() -> Result {
 }
 
 #[test]
+fn a_guest_that_runs_where_no_memory_is_ends_the_process_with_1() -> Result {
+    let (vm, _scratch) = machine("run-off", &TinyKernel::new().print("off\n").run_off())?;
+    let vm = vm.start()?;
+    assert_eq!(vm.wait_exit()?, 1);
+    assert!(vm.log().contains("vCPU 0"), "{}", vm.log());
+    assert!(!vm.socket().exists());
+    Ok(())
+}
+
+#[test]
 fn standard_input_reaches_the_guest_and_its_end_is_no_end() -> Result {
     let (vm, _scratch) = machine("echo", &TinyKernel::new().print("ready\n").echo())?;
     let vm = started(vm, "ready\n")?;
@@ -141,8 +151,10 @@ fn pause_and_resume_can_be_repeated() -> Result {
 fn a_halted_guest_can_be_paused_and_resumed_and_ended() -> Result {
     let (vm, _scratch) = machine("halted", &TinyKernel::new().print("halt\n").halt())?;
     let vm = started(vm.vcpus(4), "halt\n")?;
-    vm.pause()?;
-    vm.resume()?;
+    for _ in 0..20 {
+        vm.pause()?;
+        vm.resume()?;
+    }
     vm.signal(libc::SIGTERM)?;
     assert_eq!(vm.wait_exit()?, -libc::SIGTERM);
     assert!(!vm.socket().exists());
