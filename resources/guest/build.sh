@@ -32,7 +32,7 @@ usage() { sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 # inputs: what the images are made from, as one hash.
 inputs() {
     {
-        cat "$HERE"/{build.sh,lib.sh,init,agent,modules.list}
+        cat "$HERE"/{build.sh,lib.sh,init,console,agent,modules.list}
         cat "$CACHE"/{kernel,busybox}/version
     } 2>/dev/null | sha256sum | cut -d' ' -f1
 }
@@ -90,6 +90,7 @@ make_tree() {
     # The kernel loads modules on demand through this path.
     ln -s ../bin/busybox "$1/sbin/modprobe"
     cp "$HERE/init" "$1/sbin/init"
+    cp "$HERE/console" "$1/sbin/mayfly-console"
     cp "$HERE/agent" "$1/sbin/mayfly-agent"
     ln -s sbin/init "$1/init"
     printf '#!/bin/sh\nexec poweroff\n' >"$1/etc/acpi/PWRF/00000080"

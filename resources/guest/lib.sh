@@ -119,8 +119,19 @@ add_module() {
     fi
     seen[$name]=1
     decompress "$path" >"$out/$1.ko" || die "cannot unpack $path"
+    drop_signature "$out/$1.ko"
     depends=$(tr '\0' '\n' <"$out/$1.ko" | sed -n 's/^depends=//p' | tr ',' ' ')
     for dependency in $depends; do add_module "$dependency" "$dependency" || true; done
+}
+
+# drop_signature MODULE: cuts off the signature that the kernel would check at every load (a hash over the module, slow
+# in an emulated host). Layout at the end of the file: signature, 12 bytes of which the last 4 are the signature's
+# length (big endian), a fixed line of 28 bytes.
+drop_signature() {
+    local length
+    [[ $(tail -c 28 "$1") == '~Module signature appended~' ]] || return 0
+    length=$((0x$(tail -c 32 "$1" | od -An -tx1 -N4 | tr -d ' ')))
+    truncate -s -$((length + 40)) "$1"
 }
 
 # settle TREE: one timestamp and predictable permissions for everything in TREE.

@@ -193,11 +193,11 @@ boot() {
         (($(find "$work" -name '*.socket' | wc -l) < ${#servers[@]})) || break
         pause 0.05
     done
-    qemu_args+=(-M q35 -accel "tcg,thread=multi" -cpu "max,+svm,+npt" -smp "$cpus" -m "$memory"
+    qemu_args+=(-M q35 -accel "tcg,thread=multi" -cpu "max,+svm,+npt,-la57" -smp "$cpus" -m "$memory"
         -object "memory-backend-memfd,id=ram,size=${memory}M,share=on" -machine "memory-backend=ram"
         -nodefaults -no-user-config -display none -no-reboot
-        -kernel "$CACHE/bzImage" -initrd "$CACHE/lab.cpio"
-        -append "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on audit=0"
+        -kernel "$CACHE/vmlinux" -initrd "$CACHE/lab.cpio"
+        -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on audit=0 apparmor=0 nowatchdog"
         -chardev "file,id=console,path=$work/console" -serial chardev:console
         -device virtio-rng-pci)
     if [[ $interactive ]]; then
@@ -251,11 +251,14 @@ run_command() {
         detached tail -c +1 -s 0.1 -f --pid="$qemu" "$work/control/output" &
         tail=$!
     fi
+    # QEMU made the terminal raw but for this; the lab's terminal has already made "\r\n" of "\n".
+    [[ -z $terminal ]] || stty -onlcr <&3
     while alive "$qemu" && ! [[ -e $work/control/code ]]; do
         ((timeout == 0 || ${EPOCHREALTIME/./} - started < timeout * 1000000)) || break
         pause 0.1
     done
     end_host
+    [[ -z $terminal ]] || stty "$terminal" <&3
     # Ends by itself once it has shown everything, as QEMU is gone.
     [[ -z $tail ]] || wait "$tail" || true
     tail=''

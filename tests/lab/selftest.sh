@@ -9,7 +9,7 @@ SCRATCH=$(mktemp -d)
 # lab.sh keeps its files here, so that what it leaves behind is seen.
 mkdir "$SCRATCH/tmp"
 export TMPDIR=$SCRATCH/tmp
-trap 'rm -rf "$SCRATCH"' EXIT
+trap '[[ $BASHPID != "$$" ]] || rm -rf "$SCRATCH"' EXIT
 
 lab() { "$HERE/lab.sh" --always --quiet "$@"; }
 
@@ -87,6 +87,12 @@ test_missing_command_and_background_process() {
     expect "exit code beside a background process" 3 $?
 }
 
+test_a_machine_with_kvm_is_used_directly() {
+    local output
+    output=$(lab -- sh -c "'$HERE/lab.sh' -- sh -c 'echo inside; exit 5' 2>&1; echo \$?; '$HERE/lab.sh' --quiet --timeout 1 -- sleep 9; echo \$?")
+    expect "output" $'lab: this machine has KVM: running the command directly\ninside\n5\n124' "$output"
+}
+
 test_time_limit() {
     lab --timeout 2 -- sleep 100 2>/dev/null
     expect "exit code" 124 $?
@@ -102,7 +108,7 @@ signal_lab() {
     setsid "$HERE/lab.sh" --always --quiet -- sh -c 'echo running; sleep 100' >"$SCRATCH/log" 2>&1 &
     local pid=$!
     for _ in {1..300}; do
-        ! grep -q running "$SCRATCH/log" || break
+        ! grep -qs running "$SCRATCH/log" || break
         sleep 0.1
     done
     kill "-$1" "$pid"
