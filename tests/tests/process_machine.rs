@@ -91,9 +91,19 @@ fn standard_input_reaches_the_guest_and_its_end_is_no_end() -> Result {
         "{:?}",
         vm.failure("echo")
     );
+    assert_control_thread_rests(&vm)?;
     vm.close_stdin();
-    std::thread::sleep(Duration::from_millis(100));
+    assert_control_thread_rests(&vm)?;
     assert_eq!(state(&vm)?, "Running");
+    Ok(())
+}
+
+/// However busy the guest is, the thread that waits for events sleeps when there are none.
+fn assert_control_thread_rests(vm: &Vm) -> Result {
+    let before = vm.control_ticks()?;
+    std::thread::sleep(Duration::from_secs(1));
+    let used = vm.control_ticks()? - before;
+    assert!(used <= 5, "{used} ticks in 1 s");
     Ok(())
 }
 

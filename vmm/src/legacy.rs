@@ -110,7 +110,10 @@ impl Legacy {
 
     /// Gives input to the serial port; returns how many bytes it took.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
-        lock(&self.serial).enqueue(bytes)
+        let mut serial = lock(&self.serial);
+        // Whatever room was offered is used now; the descriptor must not stay readable. Fails only when it is not.
+        let _ = serial.room().read();
+        serial.enqueue(bytes)
     }
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard.
