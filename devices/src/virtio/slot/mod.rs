@@ -360,7 +360,9 @@ impl VirtioSlot {
         if !sizes_match(&mut state.driver.queues.iter().map(|q| q.max_size)) {
             return Err(inconsistent("the queues are not those of this device"));
         }
-        if state.driver.features & !self.info.features != 0 {
+        // Before FEATURES_OK the driver may have written anything.
+        let negotiated = state.driver.status & status::FEATURES_OK != 0 || state.running.is_some();
+        if negotiated && state.driver.features & !self.info.features != 0 {
             return Err(inconsistent(
                 "the driver accepted features that this device does not offer",
             ));

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# `make bench`: what a guest and its monitor cost. Prints a table; asserts nothing.
+#
+# Where the CPU has vmx or svm the cases run on this machine and the figures are its time. Elsewhere each case runs in an
+# emulated host whose clock counts instructions, 2 ns each: such figures are the same on every machine to about 0.3 %,
+# and compare builds, not machines. The start-up figure is always this machine's time.
+#
+# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, net, startup; default: all)
+# environment: MAYFLY_BENCH_ICOUNT=1   count instructions even where there is KVM
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+readonly PROGRAM=bench
+# shellcheck source=resources/guest/lib.sh
+. resources/guest/lib.sh
+
+readonly CASES=(boot boot-mmio memory block net startup)
+readonly IMAGES=${MAYFLY_GUEST_DIR:-$PWD/build/guest}
+readonly MAYFLY=$PWD/target/x86_64-unknown-linux-gnu/release/mayfly
+# An instruction-counted host now and then stops for good inside the emulated SVM; then it is started again.
+readonly TRIES=5 PATIENCE=300
+
+usage() { sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
+
+has_kvm() { grep -qwE 'vmx|svm' /proc/cpuinfo && { : <>/dev/kvm; } 2>/dev/null; }
+
+# build: the monitor and the bench programs; sets guest, host, startup to their paths.
+build() {
+    local name path
+    cargo build --release --locked
+    while read -r name path; do
+        printf -v "$name" %s "$path"
+    done < <(cargo bench -p mayfly-tests --no-run --locked --message-format=json-render-diagnostics |
+        sed -n 's/.*"kind":\["bench"\].*"name":"\([a-z]*\)".*"executable":"\([^"]*\)".*/\1 \2/p')
+    resources/guest/build.sh
+}
+
+# pack_guest: the bench guest: the guest image's files and the program that is its init.
+pack_guest() {
+    mkdir -p "$work/guest"
+    cp "$guest" "$work/guest/bench"
+    pack_cpio "$work/guest" "$work/bench.cpio"
+    cat "$IMAGES/initramfs.cpio" "$work/bench.cpio" >"$work/guest.cpio"
+}
+
+# pack_lab: the whole emulated host: a file server beside it would not count in instructions.
+pack_lab() {
+    local tree=$work/lab
+    BUSYBOX=$IMAGES/busybox/bin/busybox
+    mkdir -p "$tree"/{bin,dev,proc,sys,sbin}
+    printf 'kvm-amd\ntun\n' >"$work/modules"
+    add_modules "$IMAGES/kernel" "$tree" "$work/modules"
+    cp "$BUSYBOX" "$tree/bin/busybox"
+    "$BUSYBOX" --list | grep -vx busybox | while read -r applet; do ln -s busybox "$tree/bin/$applet"; done
+    cp tests/benches/lab-init "$tree/init"
+    cp "$host" "$tree/host"
+    cp "$MAYFLY" "$tree/mayfly"
+    cp "$IMAGES/vmlinux" "$tree/vmlinux"
+    cp "$work/guest.cpio" "$tree/guest.cpio"
+    chmod +x "$tree"/{init,host,mayfly}
+    pack_cpio "$tree" "$work/lab.cpio"
+}
+
+# run_counted CASE: prints the figures of one case from an instruction-counted host.
+run_counted() {
+    local try
+    for ((try = 1; try <= TRIES; try++)); do
+        timeout "$PATIENCE" qemu-system-x86_64 -M q35 -accel tcg,thread=single -icount shift=1,sleep=off -smp 1 -m 2048 \
+            -cpu max,+svm,+npt,-la57 -nodefaults -no-user-config -display none -no-reboot -serial stdio \
+            -kernel "$IMAGES/vmlinux" -initrd "$work/lab.cpio" -append \
+            "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 apparmor=0 nowatchdog bench.case=$1" \
+            </dev/null 2>&1 | tr -d '\r' >"$work/$1.log" || true
+        if grep -q '^@exit 0$' "$work/$1.log"; then
+            sed -n '/^[a-z_]* [0-9.-]*$/p' "$work/$1.log"
+            return
+        fi
+        ! grep -q '^@exit' "$work/$1.log" || break
+        say "$1: the emulated host stopped (try $try of $TRIES)"
+    done
+    tail -n 30 "$work/$1.log" >&2
+    die "$1: no figures"
+}
+
+# run_case CASE: prints lines "NAME VALUE".
+run_case() {
+    case $1 in
+        startup) "$startup" "$MAYFLY" ;;
+        *) if [[ $counted ]]; then run_counted "$1"; else "$host" "$1" "$MAYFLY" "$IMAGES/vmlinux" "$work/guest.cpio"; fi ;;
+    esac
+}
+
+# describe NAME: what a figure means.
+describe() {
+    case $1 in
+        init_ms) echo "guest: power on to init, ms" ;;
+        total_ms) echo "monitor: process start to end, ms" ;;
+        outside_ms) echo "of it outside the guest, ms" ;;
+        private_dirty_kb) echo "monitor: private dirty memory without guest RAM, KiB" ;;
+        seq_read_ms) echo "read 48 MiB in order, 256 KiB a request, ms" ;;
+        seq_write_ms) echo "write 48 MiB in order, 256 KiB a request, ms" ;;
+        rand_read_us) echo "read 4 KiB anywhere, us" ;;
+        rand_write_us) echo "write 4 KiB anywhere, us" ;;
+        flush_us) echo "write 4 KiB and flush, us" ;;
+        tx_ms) echo "TCP, guest to host, 40 MiB, ms" ;;
+        rx_ms) echo "TCP, host to guest, 40 MiB, ms" ;;
+        round_trip_us) echo "TCP, 1 byte there and back, us" ;;
+        startup_cpu_us) echo "process start to API socket, CPU time, us" ;;
+        startup_cpu_us_quartiles) echo "the quartiles of 200 starts, us" ;;
+        *) echo "$1" ;;
+    esac
+}
+
+main() {
+    local cases=("$@") case figures name value counted=1 guest='' host='' startup=''
+    [[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
+    ((${#cases[@]})) || cases=("${CASES[@]}")
+    ((EUID == 0)) || die "needs root: the net case creates a network tap"
+    require_tools cc:gcc
+    ! has_kvm || [[ ${MAYFLY_BENCH_ICOUNT:-} == 1 ]] || counted=''
+    [[ ! $counted ]] || require_tools cpio:cpio qemu-system-x86_64:qemu-system-x86
+    build
+    work=$(mktemp -d "${TMPDIR:-/tmp}/mayfly-bench.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    pack_guest
+    if [[ $counted ]]; then
+        pack_lab
+        say "no KVM with vmx or svm: counting instructions in an emulated host, about half a minute a case"
+    fi
+    for case in "${cases[@]}"; do
+        figures=$(run_case "$case")
+        while read -r name value; do
+            printf '%-10s %-55s %12s\n' "$case" "$(describe "$name")" "$value"
+        done <<<"$figures"
+    done
+}
+
+main "$@"

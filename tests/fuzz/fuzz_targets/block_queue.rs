@@ -1,0 +1,86 @@
+//! A disk whose driver does anything: nothing panics, nothing is written behind the disk's last whole sector, and
+//! nothing at all to a read-only disk.
+#![no_main]
+
+use std::fs;
+use std::sync::LazyLock;
+
+use arbitrary::Arbitrary;
+use devices::virtio::block::{CacheType, Config};
+use libfuzzer_sys::fuzz_target;
+use mayfly_fuzz::driver::{DATA, HEADERS, Machine, Op, piece};
+
+/// Sectors of the disk; its image is longer by a tail that is no whole sector.
+const SECTORS: usize = 16;
+const TAIL: usize = 100;
+
+/// The image, in memory, one for this process.
+static IMAGE: LazyLock<String> = LazyLock::new(|| format!("/dev/shm/mayfly-fuzz-{}", std::process::id()));
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Driver(Op),
+    /// A request as a driver means it: its type, sector, data (offset, sectors), and how it is offered.
+    Request {
+        kind: u8,
+        sector: u8,
+        data: Vec<(u16, u8)>,
+        indirect: bool,
+    },
+}
+
+/// Offers a well-formed request, and kicks.
+fn request(machine: &mut Machine<'_>, kind: u8, sector: u8, data: &[(u16, u8)], indirect: bool) {
+    // All types are below 16; an odd one writes to the disk (virtio 1.2 §5.2.6).
+    machine.write(HEADERS, &u64::from(kind % 16).to_le_bytes());
+    machine.write(HEADERS + 8, &u64::from(sector % 32).to_le_bytes());
+    let data = data.iter().take(8).map(|&(offset, sectors)| {
+        piece(
+            DATA + u64::from(offset),
+            512 * u32::from(sectors % 8),
+            kind % 2 == 0,
+        )
+    });
+    let pieces: Vec<_> = std::iter::once(piece(HEADERS, 16, false))
+        .chain(data)
+        .chain([piece(HEADERS + 16, 1, true)])
+        .collect();
+    machine.offer(0, &pieces, indirect);
+    machine.kick(0);
+}
+
+fuzz_target!(|input: (bool, u64, Vec<Step>)| {
+    let (read_only, features, steps) = input;
+    let before = vec![9; SECTORS * 512 + TAIL];
+    fs::write(&*IMAGE, &before).expect("there is room in /dev/shm");
+    let config = Config {
+        drive_id: "disk".into(),
+        partuuid: None,
+        is_root_device: false,
+        cache_type: CacheType::Writeback,
+        is_read_only: Some(read_only),
+        path_on_host: Some(IMAGE.clone()),
+        rate_limiter: None,
+        io_engine: None,
+        socket: None,
+    };
+    let mem = mayfly_fuzz::memory();
+    let device = config.build().expect("the image is fine");
+    let mut machine = Machine::new(&mem, Box::new(device), features);
+    for step in &steps {
+        match *step {
+            Step::Driver(ref op) => machine.run(op),
+            Step::Request {
+                kind,
+                sector,
+                ref data,
+                indirect,
+            } => request(&mut machine, kind, sector, data, indirect),
+        }
+    }
+    let after = fs::read(&*IMAGE).expect("the image is still there");
+    assert_eq!(after.len(), before.len());
+    assert_eq!(after[SECTORS * 512..], before[SECTORS * 512..]);
+    assert!(!read_only || after == before);
+    fs::remove_file(&*IMAGE).expect("the image is ours");
+});
