@@ -88,6 +88,10 @@ pub fn add_device_parameters(
         }
         line.push(if root.read_only() { "ro" } else { "rw" })?;
     }
+    if !mmio_devices.is_empty() && !line.contains("pci") {
+        // Spares the kernel the search for a bus that is not there.
+        line.push("pci=off")?;
+    }
     for (base, gsi) in mmio_devices {
         let size = layout::VIRTIO_MMIO_SIZE >> 10;
         line.push(&format!("virtio_mmio.device={size}K@{base:#x}:{gsi}"))?;

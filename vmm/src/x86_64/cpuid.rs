@@ -44,6 +44,8 @@ mod feature {
     /// Leaf 0x8000_0001, ECX.
     pub(super) const CMP_LEGACY: u32 = 1 << 1;
     pub(super) const SVM: u32 = 1 << 2;
+    /// Leaf 0x8000_001E numbers threads and cores.
+    pub(super) const TOPOEXT: u32 = 1 << 22;
 }
 
 /// The CPUID of the vCPU with APIC id `id`, made from what KVM supports.
@@ -54,8 +56,18 @@ pub fn build(supported: &CpuId, id: u8, topology: Topology, tsc_deadline: bool) 
         .filter(|entry| !is_replaced(entry))
         .copied()
         .collect();
+    if has_amd_topology(&entries) && !entries.iter().any(|entry| entry.function == AMD_TOPOLOGY) {
+        entries.push(kvm_cpuid_entry2 {
+            function: AMD_TOPOLOGY,
+            ..Default::default()
+        });
+    }
+    let amd = entries.iter().any(|entry| entry.function == AMD_TOPOLOGY);
     for entry in &mut entries {
         adapt(entry, id, topology, tsc_deadline);
+        if entry.function == 0x8000_0001 && amd {
+            entry.ecx |= feature::TOPOEXT;
+        }
     }
     let max_leaf = entries
         .iter()
@@ -67,6 +79,17 @@ pub fn build(supported: &CpuId, id: u8, topology: Topology, tsc_deadline: bool) 
         }
     }
     CpuId::from_entries(&entries).expect("fewer entries than KVM's own limit plus six")
+}
+
+/// AMD processors number threads and cores here; where the host does not, the guest can all the same.
+const AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+/// Whether this is an AMD processor whose extended leaves reach [`AMD_TOPOLOGY`].
+fn has_amd_topology(entries: &[kvm_cpuid_entry2]) -> bool {
+    const AUTHENTIC_AMD: u32 = u32::from_le_bytes(*b"Auth");
+    let find = |function| entries.iter().find(|entry| entry.function == function);
+    find(0).is_some_and(|leaf| leaf.ebx == AUTHENTIC_AMD)
+        && find(0x8000_0000).is_some_and(|leaf| leaf.eax >= AMD_TOPOLOGY)
 }
 
 /// Leaves that are left out, or written anew: extended topology, and SVM's.
@@ -98,7 +121,7 @@ fn adapt(entry: &mut kvm_cpuid_entry2, id: u8, topology: Topology, tsc_deadline:
             entry.ecx = entry.ecx & !0xf0ff | cores | topology.package_bits() << 12;
         }
         0x8000_001d if entry.eax & 0x1f != 0 => entry.eax = cache_sharing(entry.eax, topology),
-        0x8000_001e => {
+        AMD_TOPOLOGY => {
             let threads = u32::from(topology.threads_per_core) - 1;
             entry.eax = u32::from(id);
             entry.ebx = u32::from(id) >> topology.thread_bits() | threads << 8;
@@ -218,6 +241,22 @@ mod tests {
                 (0x1f, 2, 4, 0x201, 3),
                 (0x1f, 0, 0, 2, 3)
             ]
+        );
+    }
+
+    #[test]
+    fn an_amd_guest_knows_its_threads_even_where_the_host_does_not_tell() {
+        let vendor = u32::from_le_bytes(*b"Auth");
+        let host = [
+            leaf(0, [1, vendor, 0, 0]),
+            leaf(0x8000_0000, [0x8000_001f, 0, 0, 0]),
+            leaf(0x8000_0001, [0; 4]),
+        ];
+        let guest = built(&host, 3, FOUR, true);
+        assert_eq!(guest[2].ecx & (1 << 22), 1 << 22);
+        assert_eq!(
+            (guest[3].function, guest[3].eax, guest[3].ebx),
+            (0x8000_001e, 3, 1 | 1 << 8)
         );
     }
 

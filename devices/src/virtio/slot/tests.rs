@@ -248,11 +248,21 @@ fn refuses_a_running_state_whose_driver_is_not_ready() {
 }
 
 #[test]
+fn keeps_what_the_driver_wrote_before_the_features_were_agreed() {
+    let mut setup = setup();
+    let mut state = setup.slot.save();
+    state.driver.features = 1 << 50;
+    setup.slot.load(state.clone()).unwrap();
+    assert_eq!(setup.slot.save(), state);
+}
+
+#[test]
 fn refuses_a_state_with_other_queues_or_features() {
     let mut setup = setup();
     let state = setup.slot.save();
     let mut features = state.clone();
     features.driver.features = 1 << 50;
+    features.driver.status = NEGOTIATED;
     assert!(matches!(
         setup.slot.load(features),
         Err(StateError::Inconsistent { .. })
