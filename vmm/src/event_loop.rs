@@ -48,10 +48,7 @@ impl IoLoop {
             next: 0,
         };
         let builder = thread::Builder::new().name(name.into()).stack_size(256 << 10);
-        let thread = Some(builder.spawn(move || {
-            go_before_vcpus();
-            worker.work();
-        })?);
+        let thread = Some(builder.spawn(move || worker.work())?);
         Ok(Self {
             messages,
             wake,
@@ -63,20 +60,6 @@ impl IoLoop {
         self.messages.send(message).expect("a loop ends with its owner");
         // Only a full counter refuses, and then the loop is awake already.
         let _ = self.wake.write(1);
-    }
-}
-
-/// Asks the scheduler to run the calling io thread as soon as a vCPU has notified it, and not when that vCPU is done:
-/// what it does is short, and the guest waits for it. Without the privilege things are only a little slower.
-fn go_before_vcpus() {
-    const PRIORITY: libc::c_int = -10;
-    // SAFETY: needed because the standard library knows no priorities. Zero means this thread; there are no pointers.
-    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, PRIORITY) };
-    if result < 0 {
-        log::debug!(
-            "io threads have no priority over vCPUs: {}",
-            io::Error::last_os_error()
-        );
     }
 }
 
