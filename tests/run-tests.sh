@@ -69,7 +69,9 @@ guest_tests() {
 }
 
 # lab_memory: MiB for the lab host: room for a guest beyond the 3-4 GiB hole where this machine has it.
-lab_memory() { awk '/^MemAvailable/ { m = $2 / 1024 * 3 / 4; printf "%d", m > 7168 ? 7168 : m < 2048 ? 2048 : m }' /proc/meminfo; }
+lab_memory() {
+    awk '/^MemAvailable/ { m = int($2 / 1024 * 3 / 4); print (m > 7168 ? 7168 : m < 2048 ? 2048 : m) }' /proc/meminfo
+}
 
 # summary: counts what the test programs said, and the guests that booted.
 summary() {
