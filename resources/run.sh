@@ -9,7 +9,7 @@ readonly PROGRAM=run
 # shellcheck source=resources/guest/lib.sh
 . resources/guest/lib.sh
 
-command -v cargo >/dev/null || die "Rust is missing: install it with rustup (https://rustup.rs)"
+command -v cargo >/dev/null || die "Rust is missing: install it with rustup"
 require_tools cc:gcc curl:curl ip:iproute2
 say "building mayfly (minutes at the first time)"
 cargo build --release --locked

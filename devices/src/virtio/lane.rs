@@ -124,20 +124,7 @@ impl Lane {
 
     /// Changes the device, and gives its configuration space as it is then.
     pub fn update(&mut self, patch: Value, watch: &dyn Watch) -> Result<Vec<u8>, UpdateError> {
-        let memory = self.memory.memory();
-        let watch = DeviceWatch {
-            watch,
-            tokens: (&mut self.tokens).into(),
-        };
-        let mut io = Io {
-            mem: &memory,
-            queues: &mut self.queues,
-            irq: &*self.irq,
-            watch: &watch,
-            features: self.features,
-            again: None,
-        };
-        self.device.update(patch, &mut io)?;
+        self.lend(watch, |device, io| device.update(patch, io))?;
         Ok(self.device.config_space().to_vec())
     }
 
@@ -165,6 +152,17 @@ impl Lane {
         if self.paused || self.broken.load(Ordering::Relaxed) {
             return;
         }
+        if let Err(error) = self.lend(watch, work) {
+            self.fail(&error);
+        }
+    }
+
+    /// Lends the device what it works with, and sees to it that it is called again when it asks for that.
+    fn lend<E>(
+        &mut self,
+        watch: &dyn Watch,
+        work: impl FnOnce(&mut dyn VirtioDevice, &mut Io<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
         let memory = self.memory.memory();
         let watch = DeviceWatch {
             watch,
@@ -178,12 +176,10 @@ impl Lane {
             features: self.features,
             again: None,
         };
-        let result = work(&mut *self.device, &mut io);
+        work(&mut *self.device, &mut io)?;
         let again = io.again;
-        match result {
-            Ok(()) => self.kick(again),
-            Err(error) => self.fail(&error),
-        }
+        self.kick(again);
+        Ok(())
     }
 
     /// Posts the queue's own notification, so that it comes up again behind what else is ready.
