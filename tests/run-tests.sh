@@ -14,6 +14,10 @@ readonly PROGRAM=test
 . resources/guest/lib.sh
 
 readonly LOGS=$PWD/build/tests
+# The test programs that have run to their end.
+readonly DONE=$LOGS/done
+# How often the lab is started again when its emulated host dies under the tests, as it does once in a while.
+readonly LAB_TRIES=3 LAB_FAILED=125
 export MAYFLY_GUEST_COUNT_FILE=$LOGS/guests
 export MAYFLY_TEST_THREADS=${MAYFLY_TEST_THREADS:-2}
 
@@ -49,6 +53,7 @@ run_programs() {
     for program in "${programs[@]}"; do
         say "${program##*/}"
         "$program" --test-threads "$threads" "$@" || code=1
+        echo "$program" >>"$DONE"
     done
     return "$code"
 }
@@ -64,8 +69,17 @@ life_cycle_tests() {
 
 guest_tests() {
     resources/guest/build.sh || return
-    tests/lab/lab.sh --share-out "$LOGS" --memory "$(lab_memory)" -- \
-        tests/run-tests.sh --programs "$MAYFLY_TEST_THREADS" "${guest[@]}" -- "${filters[@]}"
+    local try code result=0 rest=("${guest[@]}")
+    for ((try = 1; try <= LAB_TRIES; try++)); do
+        code=0
+        tests/lab/lab.sh --share-out "$LOGS" --memory "$(lab_memory)" -- \
+            tests/run-tests.sh --programs "$MAYFLY_TEST_THREADS" "${rest[@]}" -- "${filters[@]}" || code=$?
+        ((code == 0 || code == LAB_FAILED)) || result=$code
+        mapfile -t rest < <(printf '%s\n' "${guest[@]}" | grep -vxFf "$DONE")
+        ((code == LAB_FAILED && ${#rest[@]} > 0)) || return "$result"
+        say "the lab host died (try $try of $LAB_TRIES); ${#rest[@]} test programs are left"
+    done
+    return "$LAB_FAILED"
 }
 
 # lab_memory: MiB for the lab host: room for a guest beyond the 3-4 GiB hole where this machine has it.
@@ -101,6 +115,7 @@ main() {
     require_tools cc:gcc curl:curl ip:iproute2
     rm -rf "$LOGS"
     mkdir -p "$LOGS"
+    : >"$DONE"
     [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --bins --locked -- "${filters[@]}"
     if [[ $parts != unit ]]; then
         say "building the release binaries"

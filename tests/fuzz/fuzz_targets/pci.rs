@@ -114,6 +114,7 @@ fuzz_target!(|steps: Vec<Step>| {
 fn function(memory: &SharedMemory, host: &Arc<Inline>) -> PciVirtio {
     let resources = PciResources {
         bar_address: BAR_BASE,
+        notify_ports: 0x1000,
         interrupt_line: 5,
         router: Arc::new(Interrupts),
         intx: Arc::new(Interrupts),
