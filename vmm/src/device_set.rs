@@ -85,6 +85,9 @@ pub enum DeviceSetError {
     },
 }
 
+/// Notification ports set aside for each slot: enough for 32 queues.
+const PORTS_PER_SLOT: u16 = 0x80;
+
 /// What all devices are connected to.
 pub struct Platform {
     /// The machine.
@@ -128,9 +131,13 @@ pub struct DeviceSet {
 
 impl DeviceSet {
     /// A set without devices; with `pci` there is a bus for them.
-    pub fn new(platform: Platform, pio: &Bus, pci: bool) -> Result<Self, BusError> {
+    pub fn new(platform: Platform, pio: &Arc<Bus>, pci: bool) -> Result<Self, BusError> {
         let wiring = if pci {
-            let bars = Arc::new(Bars::new(Arc::clone(&platform.mmio), Arc::clone(&platform.vm)));
+            let bars = Arc::new(Bars::new(
+                Arc::clone(&platform.mmio),
+                Arc::clone(pio),
+                Arc::clone(&platform.vm),
+            ));
             let segment = Arc::new(PciSegment::new(bars.clone()));
             let ecam = Ecam::new(Arc::clone(&segment));
             platform
@@ -242,6 +249,7 @@ impl DeviceSet {
         let gsis = Arc::new(gsis.map_err(kvm_failed)?);
         let resources = PciResources {
             bar_address: layout::PCI_MEMORY_WINDOW.start + u64::from(slot) * BAR_LEN,
+            notify_ports: layout::PCI_IO_WINDOW.start + u16::from(slot) * PORTS_PER_SLOT,
             interrupt_line: u8::try_from(layout::pci_intx_gsi(slot)).expect("one of the I/O APIC's 24 lines"),
             router: gsis.clone(),
             intx: lines.connect(slot),

@@ -187,9 +187,9 @@ impl Vm {
             .map_err(failed("unbind an interrupt"))
     }
 
-    /// Lets any write to `address` signal `fd` without an exit.
-    pub fn register_ioevent(&self, fd: &EventFd, address: u64) -> Result<(), KvmError> {
-        let address = IoEventAddress::Mmio(address);
+    /// Lets any write to `port` signal `fd` without leaving the kernel.
+    pub fn register_ioevent_port(&self, fd: &EventFd, port: u16) -> Result<(), KvmError> {
+        let address = IoEventAddress::Pio(u64::from(port));
         self.fd
             .register_ioevent(fd, &address, NoDatamatch)
             .map_err(failed("bind a queue notification"))
@@ -203,9 +203,9 @@ impl Vm {
             .map_err(failed("bind a queue notification"))
     }
 
-    /// Undoes [`Vm::register_ioevent`].
-    pub fn unregister_ioevent(&self, fd: &EventFd, address: u64) -> Result<(), KvmError> {
-        let address = IoEventAddress::Mmio(address);
+    /// Undoes [`Vm::register_ioevent_port`].
+    pub fn unregister_ioevent_port(&self, fd: &EventFd, port: u16) -> Result<(), KvmError> {
+        let address = IoEventAddress::Pio(u64::from(port));
         self.fd
             .unregister_ioevent(fd, &address, NoDatamatch)
             .map_err(failed("unbind a queue notification"))

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use devices::bus::{Bus, SharedDevice};
+use devices::bus::{Bus, BusDevice, SharedDevice};
 use devices::pci::{BarMapper, IntxLine, MsiMessage, MsiRouter};
 use devices::virtio::pci::{BAR_LEN, PciVirtio};
 use vmm_sys_util::eventfd::EventFd;
@@ -18,6 +18,7 @@ use crate::x86_64::layout;
 /// The BARs of all slots.
 pub(crate) struct Bars {
     mmio: Arc<Bus>,
+    pio: Arc<Bus>,
     vm: Arc<kvm::Vm>,
     slots: Mutex<BTreeMap<u8, Registers>>,
 }
@@ -31,12 +32,9 @@ struct Registers {
 
 impl Bars {
     /// No BARs yet.
-    pub(crate) fn new(mmio: Arc<Bus>, vm: Arc<kvm::Vm>) -> Self {
-        Self {
-            mmio,
-            vm,
-            slots: Mutex::default(),
-        }
+    pub(crate) fn new(mmio: Arc<Bus>, pio: Arc<Bus>, vm: Arc<kvm::Vm>) -> Self {
+        let slots = Mutex::default();
+        Self { mmio, pio, vm, slots }
     }
 
     /// Makes a slot's registers known; they are mapped when the guest enables them.
@@ -45,32 +43,52 @@ impl Bars {
         slots.insert(slot, Registers { device, kicks });
     }
 
+    fn registers(&self, slot: u8) -> io::Result<Registers> {
+        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots
+            .get(&slot)
+            .cloned()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
     fn map(&self, at: u64, registers: &Registers) -> io::Result<()> {
         let window = layout::PCI_MEMORY_WINDOW;
         if at < window.start || at > window.end - BAR_LEN {
-            return Err(io::Error::other("it is outside the window of PCI devices"));
+            return Err(outside_window());
         }
         self.mmio
             .insert(at, BAR_LEN, Arc::clone(&registers.device))
+            .map_err(io::Error::other)
+    }
+
+    fn map_ports(&self, at: u16, kicks: &[Arc<EventFd>]) -> io::Result<()> {
+        let count = PciVirtio::port_count(u16::try_from(kicks.len()).map_err(io::Error::other)?);
+        let window = layout::PCI_IO_WINDOW;
+        if at < window.start || at > window.end - count {
+            return Err(outside_window());
+        }
+        let ports: SharedDevice = Arc::new(Mutex::new(NotifyPorts(kicks.to_vec())));
+        self.pio
+            .insert(at.into(), count.into(), ports)
             .map_err(io::Error::other)?;
-        for (queue, kick) in (0u16..).zip(&registers.kicks) {
+        for (queue, kick) in (0u16..).zip(kicks) {
             if let Err(error) = self
                 .vm
-                .register_ioevent(kick, PciVirtio::notify_address(at, queue))
+                .register_ioevent_port(kick, PciVirtio::notify_port(at, queue))
             {
-                self.unmap(at, &registers.kicks[..usize::from(queue)]);
+                self.unmap_ports(at, &kicks[..usize::from(queue)]);
                 return Err(io::Error::other(error));
             }
         }
         Ok(())
     }
 
-    fn unmap(&self, at: u64, kicks: &[Arc<EventFd>]) {
-        self.mmio.remove(at);
+    fn unmap_ports(&self, at: u16, kicks: &[Arc<EventFd>]) {
+        self.pio.remove(at.into());
         for (queue, kick) in (0u16..).zip(kicks) {
             if let Err(error) = self
                 .vm
-                .unregister_ioevent(kick, PciVirtio::notify_address(at, queue))
+                .unregister_ioevent_port(kick, PciVirtio::notify_port(at, queue))
             {
                 log::warn!("{}", crate::error::chain(&error));
             }
@@ -78,19 +96,40 @@ impl Bars {
     }
 }
 
+fn outside_window() -> io::Error {
+    io::Error::other("it is outside the window of PCI devices")
+}
+
+/// The notification ports of a device, for accesses that no ioeventfd takes: reads.
+struct NotifyPorts(Vec<Arc<EventFd>>);
+
+impl BusDevice for NotifyPorts {
+    fn read(&mut self, _: u64, _: &mut [u8]) {}
+
+    fn write(&mut self, offset: u64, _: &[u8]) {
+        let queue = usize::try_from(offset / 4).unwrap_or(usize::MAX);
+        if let Some(kick) = self.0.get(queue) {
+            // Only a full counter refuses, and then the io loop is awake already.
+            let _ = kick.write(1);
+        }
+    }
+}
+
 impl BarMapper for Bars {
     fn moved(&self, slot: u8, old: Option<u64>, new: Option<u64>) -> io::Result<()> {
-        let registers = self
-            .slots
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&slot)
-            .cloned();
-        let registers = registers.ok_or(io::ErrorKind::NotFound)?;
+        let registers = self.registers(slot)?;
         if let Some(old) = old {
-            self.unmap(old, &registers.kicks);
+            self.mmio.remove(old);
         }
         new.map_or(Ok(()), |new| self.map(new, &registers))
+    }
+
+    fn moved_io(&self, slot: u8, old: Option<u16>, new: Option<u16>) -> io::Result<()> {
+        let Registers { kicks, .. } = self.registers(slot)?;
+        if let Some(old) = old {
+            self.unmap_ports(old, &kicks);
+        }
+        new.map_or(Ok(()), |new| self.map_ports(new, &kicks))
     }
 }
 

@@ -14,6 +14,8 @@ pub const LEN: u16 = 4096;
 
 /// Command register bits (PCI 3.0 §6.2.2).
 pub mod command {
+    /// The function answers the ports in its I/O BARs.
+    pub const IO: u16 = 1 << 0;
     /// The function answers the addresses in its memory BARs.
     pub const MEMORY: u16 = 1 << 1;
     /// The function may access memory.
@@ -38,6 +40,7 @@ mod register {
     pub(super) const CLASS: usize = 0x09;
     pub(super) const CACHE_LINE: usize = 0x0c;
     pub(super) const BAR0: usize = 0x10;
+    pub(super) const BAR2: usize = 0x18;
     pub(super) const SUBSYSTEM_VENDOR: usize = 0x2c;
     pub(super) const SUBSYSTEM: usize = 0x2e;
     pub(super) const CAPABILITIES: usize = 0x34;
@@ -49,6 +52,8 @@ mod register {
 
 /// BAR type bits: memory, 64-bit, not prefetchable (PCI 3.0 §6.2.5.1).
 const BAR_MEMORY_64: u64 = 0b0100;
+/// BAR type bit: I/O ports.
+const BAR_IO: u16 = 1;
 /// The smallest BAR: a page, so that no two functions share one.
 const MIN_BAR_SIZE: u64 = 4096;
 
@@ -83,6 +88,7 @@ pub struct ConfigSpace {
     /// Which bits the guest may change.
     writable: [u8; LEGACY_LEN],
     bar_size: u64,
+    io_bar_size: u16,
     /// The byte that links to the next capability to be added.
     link: usize,
     /// Where the next capability goes.
@@ -96,6 +102,7 @@ impl ConfigSpace {
             registers: [0; LEGACY_LEN],
             writable: [0; LEGACY_LEN],
             bar_size: 0,
+            io_bar_size: 0,
             link: register::CAPABILITIES,
             free: register::HEADER_END,
         };
@@ -131,6 +138,22 @@ impl ConfigSpace {
             register::COMMAND,
             &(command::MEMORY | command::BUS_MASTER).to_le_bytes(),
         );
+    }
+
+    /// Adds the one I/O BAR: `size` ports in BAR 2 at `address`. Decoding is off.
+    ///
+    /// # Panics
+    /// When `size` is not a power of two of at least 4, or `address` is not aligned to it.
+    pub fn add_io_bar(&mut self, size: u16, address: u16) {
+        assert!(
+            size.is_power_of_two() && size >= 4,
+            "invalid I/O BAR size {size:#x}"
+        );
+        assert!(address.is_multiple_of(size), "misaligned I/O BAR at {address:#x}");
+        self.io_bar_size = size;
+        self.put(register::BAR2, &(address | BAR_IO).to_le_bytes());
+        self.allow(register::BAR2, &(!(size - 1)).to_le_bytes());
+        self.allow(register::COMMAND, &command::IO.to_le_bytes());
     }
 
     /// Wires the function's INTA pin; `line` is what firmware would have written for the operating system to read.
@@ -195,6 +218,12 @@ impl ConfigSpace {
         let decoding = self.command() & command::MEMORY != 0;
         let bytes = self.array::<8>(register::BAR0);
         (decoding && self.bar_size != 0).then(|| u64::from_le_bytes(bytes) & !(self.bar_size - 1))
+    }
+
+    /// The first port that the I/O BAR decodes; none while I/O decoding is off.
+    pub fn io_bar(&self) -> Option<u16> {
+        let decoding = self.command() & command::IO != 0;
+        (decoding && self.io_bar_size != 0).then(|| self.u16(register::BAR2) & !(self.io_bar_size - 1))
     }
 
     /// Sets the status bit that tells of a pending INTx interrupt.
@@ -323,6 +352,19 @@ mod tests {
         assert_eq!(space.bar(), Some(0x40_0000_0000));
         space.write(0x10, &0xc000_1234u32.to_le_bytes());
         assert_eq!(space.bar(), Some(0x40_c000_0000));
+    }
+
+    #[test]
+    fn decodes_and_sizes_its_io_bar() {
+        let mut space = space();
+        space.add_io_bar(16, 0x1080);
+        assert_eq!(space.io_bar(), None);
+        space.write(0x04, &[1]);
+        assert_eq!(space.io_bar(), Some(0x1080));
+        space.write(0x18, &[0xff; 4]);
+        assert_eq!(read::<4>(&space, 0x18), [0xf1, 0xff, 0, 0]);
+        space.write(0x18, &0x2040u32.to_le_bytes());
+        assert_eq!(space.io_bar(), Some(0x2040));
     }
 
     #[test]

@@ -39,6 +39,10 @@ pub trait PciFunction: Send {
     fn write_config(&mut self, offset: u16, data: &[u8]);
     /// The address that its BAR decodes; none while decoding is off.
     fn bar(&self) -> Option<u64>;
+    /// The first port that its I/O BAR decodes; none while decoding is off, or without such a BAR.
+    fn io_bar(&self) -> Option<u16> {
+        None
+    }
 }
 
 /// A function as the segment and its owner share it.
@@ -49,6 +53,10 @@ pub trait BarMapper: Send + Sync {
     /// The function in `slot` no longer answers at `old` (if any), and from now on at `new` (if any). The guest
     /// chose the address, so it may clash with anything; on failure the function must be mapped nowhere.
     fn moved(&self, slot: u8, old: Option<u64>, new: Option<u64>) -> io::Result<()>;
+    /// The same for the function's ports.
+    fn moved_io(&self, _slot: u8, _old: Option<u16>, _new: Option<u16>) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Why a function could not be attached.
@@ -76,6 +84,8 @@ struct Slot {
     function: SharedFunction,
     /// Where the mapper has put the BAR.
     mapped: Option<u64>,
+    /// Where the mapper has put the I/O BAR.
+    mapped_io: Option<u16>,
 }
 
 /// The only bus of the only segment.
@@ -91,6 +101,7 @@ impl PciSegment {
         slots[0] = Some(Slot {
             function: Arc::new(Mutex::new(HostBridge(ConfigSpace::new(&HOST_BRIDGE)))),
             mapped: None,
+            mapped_io: None,
         });
         Self {
             slots: Mutex::new(slots),
@@ -118,7 +129,16 @@ impl PciSegment {
                 source,
             })?;
         }
-        *place = Some(Slot { function, mapped });
+        let mut plugged = Slot {
+            function,
+            mapped,
+            mapped_io: None,
+        };
+        let io = lock(&plugged.function).io_bar();
+        follow(slot, &mut plugged.mapped_io, (None, io), |old, new| {
+            self.mapper.moved_io(slot, old, new)
+        });
+        *place = Some(plugged);
         Ok(())
     }
 
@@ -126,7 +146,15 @@ impl PciSegment {
     pub fn detach(&self, slot: u8) -> Option<SharedFunction> {
         let mut slots = self.lock();
         let place = slots.get_mut(usize::from(slot)).filter(|_| slot != 0)?;
-        let Slot { function, mapped } = place.take()?;
+        let Slot {
+            function,
+            mapped,
+            mut mapped_io,
+        } = place.take()?;
+        let io = mapped_io;
+        follow(slot, &mut mapped_io, (io, None), |old, new| {
+            self.mapper.moved_io(slot, old, new)
+        });
         if mapped.is_some()
             && let Err(error) = self.mapper.moved(slot, mapped, None)
         {
@@ -153,27 +181,43 @@ impl PciSegment {
         let Some(slot) = slots[usize::from(at.slot)].as_mut().filter(|_| at.function == 0) else {
             return;
         };
-        let (before, after) = {
+        let (memory, io) = {
             let mut function = lock(&slot.function);
-            let before = function.bar();
+            let before = (function.bar(), function.io_bar());
             function.write_config(at.register, data);
-            (before, function.bar())
+            ((before.0, function.bar()), (before.1, function.io_bar()))
         };
-        if before == after || (slot.mapped.is_none() && after.is_none()) {
-            return;
-        }
-        let old = slot.mapped.take();
-        match self.mapper.moved(at.slot, old, after) {
-            Ok(()) => slot.mapped = after,
-            Err(error) => log::warn!(
-                "the guest moved the BAR of PCI slot {} to {after:x?}, which cannot be mapped: {error}",
-                at.slot
-            ),
-        }
+        follow(at.slot, &mut slot.mapped, memory, |old, new| {
+            self.mapper.moved(at.slot, old, new)
+        });
+        follow(at.slot, &mut slot.mapped_io, io, |old, new| {
+            self.mapper.moved_io(at.slot, old, new)
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, [Option<Slot>; SLOTS as usize]> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Has a BAR mapped anew when what it decodes has changed from `before` to `after`.
+fn follow<T: Copy + PartialEq + std::fmt::LowerHex>(
+    slot: u8,
+    mapped: &mut Option<T>,
+    (before, after): (Option<T>, Option<T>),
+    moved: impl FnOnce(Option<T>, Option<T>) -> io::Result<()>,
+) {
+    if before == after || (mapped.is_none() && after.is_none()) {
+        return;
+    }
+    match moved(mapped.take(), after) {
+        Ok(()) => *mapped = after,
+        Err(error) => {
+            let place = after.map_or_else(|| "nowhere".into(), |address| format!("{address:#x}"));
+            log::warn!(
+                "the guest moved a BAR of PCI slot {slot} to {place}, which cannot be mapped: {error}"
+            );
+        }
     }
 }
 

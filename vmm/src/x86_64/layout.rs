@@ -62,6 +62,8 @@ pub const VIRTIO_MMIO_GSIS: [u32; 17] = [5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17
 
 /// The window that the BARs of PCI devices lie in.
 pub const PCI_MEMORY_WINDOW: Range<u64> = 0xd000_0000..0xe000_0000;
+/// The ports that the I/O BARs of PCI devices lie in.
+pub const PCI_IO_WINDOW: Range<u16> = 0x1000..0x2000;
 /// The memory-mapped configuration space of PCI bus 0.
 pub const PCI_ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
 /// The legacy PCI configuration ports: address at +0, data at +4.

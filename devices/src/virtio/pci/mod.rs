@@ -2,12 +2,13 @@
 //!
 //! It is one PCI function: configuration accesses come through the segment, register accesses through the bus, both
 //! on vCPU threads and under the function's own lock. Queue notifications and interrupts use neither: they are
-//! eventfds that the VMM binds to [`PciVirtio::notify_address`] and to the vectors' GSIs.
+//! eventfds that the VMM binds to [`PciVirtio::notify_port`] and to the vectors' GSIs.
 //!
 //! ```text
-//! BAR 0, 32 KiB   0x0000 common configuration    0x3000 notifications, 4 bytes per queue
+//! BAR 0, 32 KiB   0x0000 common configuration    0x3000 notifications for the configuration access capability
 //!                 0x1000 ISR status              0x4000 MSI-X table
 //!                 0x2000 device configuration    0x6000 MSI-X pending bits
+//! BAR 2, ports    notifications, 4 ports per queue
 //! ```
 
 mod common;
@@ -62,6 +63,8 @@ mod cap {
 pub struct PciResources {
     /// Where its BAR is before the guest moves it: a multiple of [`BAR_LEN`].
     pub bar_address: u64,
+    /// Where its notification ports are before the guest moves them: a multiple of [`PciVirtio::port_count`].
+    pub notify_ports: u16,
     /// The interrupt line register: the GSI behind the pin, for guests that do not read ACPI.
     pub interrupt_line: u8,
     /// Routes MSI-X vectors.
@@ -124,6 +127,7 @@ impl PciVirtio {
         let irq = Arc::new(PciIrq::new(queues, resources.intx)?);
         let msix = Msix::new(Arc::clone(&irq.vectors), resources.router);
         config.add_bar(BAR_LEN, resources.bar_address);
+        config.add_io_bar(Self::port_count(queues), resources.notify_ports);
         config.add_interrupt_pin(resources.interrupt_line);
         let (body, writable) = msix.capability(low(TABLE_OFFSET), low(PBA_OFFSET));
         let msix_cap = config.add_capability(msix::CAPABILITY, &body, &writable);
@@ -143,9 +147,17 @@ impl PciVirtio {
         self.irq.vectors.irqfds()
     }
 
-    /// The guest address that notifies `queue`, with the BAR at `bar`; any write of 2 or 4 bytes does.
-    pub fn notify_address(bar: u64, queue: u16) -> u64 {
-        bar + NOTIFY_OFFSET + u64::from(NOTIFY_MULTIPLIER) * u64::from(queue)
+    /// How many notification ports a device with that many queues has: a power of two.
+    pub fn port_count(queues: u16) -> u16 {
+        (queues * 4).next_power_of_two()
+    }
+
+    /// The port that notifies `queue`, with the I/O BAR at `ports`; any write does.
+    ///
+    /// Ports, because a port write is the cheapest exit on every processor: a write to memory that is not there has to
+    /// be decoded first on AMD's.
+    pub fn notify_port(ports: u16, queue: u16) -> u16 {
+        ports + queue * 4
     }
 
     /// What a snapshot keeps. The machine is paused.
@@ -209,13 +221,15 @@ fn add_virtio_capabilities(config: &mut ConfigSpace, queues: u16, config_len: us
         let [o0, o1, o2, o3] = low(offset).to_le_bytes();
         let [l0, l1, l2, l3] = low(len).to_le_bytes();
         let cap_len = 16 + u8::try_from(extra.len()).expect("four bytes at most");
-        let head = [cap_len, kind, 0, 0, 0, 0, o0, o1, o2, o3, l0, l1, l2, l3];
+        // Notifications go to ports, everything else to memory.
+        let bar = if kind == cap::NOTIFY { 2 } else { 0 };
+        let head = [cap_len, kind, bar, 0, 0, 0, o0, o1, o2, o3, l0, l1, l2, l3];
         config.add_capability(VENDOR_CAPABILITY, &[&head, extra].concat(), writable)
     };
     let multiplier = NOTIFY_MULTIPLIER.to_le_bytes();
     let notify_len = u64::from(NOTIFY_MULTIPLIER) * u64::from(queues);
     add(cap::COMMON, 0, common::LEN as u64, &[], &[]);
-    add(cap::NOTIFY, NOTIFY_OFFSET, notify_len, &multiplier, &[]);
+    add(cap::NOTIFY, 0, notify_len, &multiplier, &[]);
     add(cap::ISR, ISR_OFFSET, 1, &[], &[]);
     if config_len > 0 {
         let len = REGION_LEN.min(config_len as u64);
@@ -291,6 +305,10 @@ impl PciFunction for PciVirtio {
 
     fn bar(&self) -> Option<u64> {
         self.config.bar()
+    }
+
+    fn io_bar(&self) -> Option<u16> {
+        self.config.io_bar()
     }
 }
 

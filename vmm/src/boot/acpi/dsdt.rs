@@ -165,6 +165,7 @@ fn pci_root(aml: &mut Vec<u8>) {
     );
     let buses = AddressSpace::new_bus_number(0u16, 0u16);
     let ports = io(layout::PCI_CONFIG_PORTS.start, 8);
+    let io_window = AddressSpace::new_io(layout::PCI_IO_WINDOW.start, layout::PCI_IO_WINDOW.end - 1, None);
     let ecam_size = u32::try_from(layout::PCI_ECAM.end - layout::PCI_ECAM.start).expect("one bus");
     let ecam = Memory32Fixed::new(true, first(layout::PCI_ECAM.start), ecam_size);
     let routes = interrupt_routes();
@@ -179,7 +180,10 @@ fn pci_root(aml: &mut Vec<u8>) {
                     &name("_SEG", &ZERO),
                     &name("_BBN", &ZERO),
                     &name("_UID", &ZERO),
-                    &name("_CRS", &ResourceTemplate::new(vec![&buses, &ports, &window])),
+                    &name(
+                        "_CRS",
+                        &ResourceTemplate::new(vec![&buses, &ports, &io_window, &window]),
+                    ),
                     &name("_PRT", &routes),
                 ],
             ),

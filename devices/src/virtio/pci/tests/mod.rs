@@ -79,6 +79,7 @@ fn parts(memory: &SharedMemory) -> (Arc<Inline>, Arc<Router>, Arc<Wire>, PciVirt
     );
     let resources = PciResources {
         bar_address: BAR,
+        notify_ports: 0x1000,
         interrupt_line: 10,
         router: Arc::clone(&router) as Arc<dyn MsiRouter>,
         intx: Arc::clone(&wire) as Arc<dyn IntxLine>,

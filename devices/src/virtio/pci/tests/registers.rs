@@ -103,6 +103,7 @@ fn refuses_a_misaligned_bar() {
     let memory = SharedMemory::new(memory(0x1000));
     let resources = PciResources {
         bar_address: 0x1000,
+        notify_ports: 0x1000,
         interrupt_line: 0,
         router: Arc::<Router>::default(),
         intx: Arc::<Wire>::default(),

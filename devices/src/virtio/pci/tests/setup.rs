@@ -10,7 +10,7 @@ fn looks_like_a_modern_virtio_function() {
     assert_eq!(guest.config(0), [0xf4, 0x1a, 0x42, 0x10]);
     assert_eq!(guest.config(8), [1, 0, 0x80, 0x01]);
     let notify = guest.capability(9, Some(cap::NOTIFY));
-    assert_eq!(guest.config(notify + 8), 0x3000u32.to_le_bytes());
+    assert_eq!(guest.config(notify + 8), 0u32.to_le_bytes());
     assert_eq!(guest.config(notify + 16), [4, 0, 0, 0]);
     let common = guest.capability(9, Some(cap::COMMON));
     assert_eq!(guest.config(common + 12), [56, 0, 0, 0]);
@@ -33,7 +33,7 @@ fn serves_a_driver_from_probe_to_interrupt() {
     memory.write_slice(b"ping", GuestAddress(0x4000)).unwrap();
     let mut driver = Driver::new(&memory, RING, QUEUE_SIZE);
     driver.offer(&[readable(0x4000, 4), writable(0x5000, 4)]);
-    assert!(guest.bus.write(PciVirtio::notify_address(BAR, 0), &[0, 0]));
+    assert!(guest.bus.write(BAR + NOTIFY_OFFSET, &[0, 0]));
     assert_eq!(
         guest.function.lock().unwrap().slot().kicks()[0].read().unwrap(),
         1
