@@ -14,10 +14,8 @@ readonly PROGRAM=test
 . resources/guest/lib.sh
 
 readonly LOGS=$PWD/build/tests
-# The test programs that have run to their end.
-readonly DONE=$LOGS/done
-# How often the lab is started again when its emulated host dies under the tests, as it does once in a while.
-readonly LAB_TRIES=3 LAB_FAILED=125
+# lab.sh's exit code when the lab itself failed, and how many labs are started for one part of the tests.
+readonly LAB_FAILED=125 LAB_TRIES=4
 export MAYFLY_GUEST_COUNT_FILE=$LOGS/guests
 export MAYFLY_TEST_THREADS=${MAYFLY_TEST_THREADS:-2}
 
@@ -41,45 +39,70 @@ build_tests() {
         sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p'
 }
 
-# run_programs THREADS PROGRAM... [-- FILTER...]: runs test programs one after the other.
-run_programs() {
-    local threads=$1 program programs=() code=0
-    shift
-    while (($#)) && [[ $1 != -- ]]; do
-        programs+=("$1")
-        shift
+# list_tests PROGRAM...: the tests that the filters choose, one a line: program, name.
+list_tests() {
+    local program
+    for program in "$@"; do
+        "$program" --list --format terse "${filters[@]}" | sed -n "s|^\\(.*\\): test\$|$program \\1|p"
     done
-    (($# == 0)) || shift
-    for program in "${programs[@]}"; do
+}
+
+# run_listed THREADS: runs the tests of the list on standard input, one program after the other.
+run_listed() {
+    local program name code=0
+    local -A names=()
+    while read -r program name; do names[$program]+=" $name"; done
+    for program in "${!names[@]}"; do
         say "${program##*/}"
-        "$program" --test-threads "$threads" "$@" || code=1
-        echo "$program" >>"$DONE"
+        # shellcheck disable=SC2086 # names of tests have no blanks
+        "$program" --test-threads "$1" --exact ${names[$program]} || code=1
     done
     return "$code"
 }
 
 life_cycle_tests() {
+    list_tests "${life_cycle[@]}" >"$LOGS/pending"
     if { : <>/dev/kvm; } 2>/dev/null; then
-        run_programs 2 "${life_cycle[@]}" -- "${filters[@]}"
+        run_listed 2 <"$LOGS/pending"
     else
         say "no /dev/kvm here: using the lab"
-        tests/lab/lab.sh --share-out "$LOGS" -- tests/run-tests.sh --programs 2 "${life_cycle[@]}" -- "${filters[@]}"
+        run_in_lab life-cycle 2
     fi
 }
 
 guest_tests() {
     resources/guest/build.sh || return
-    local try code result=0 rest=("${guest[@]}")
+    list_tests "${guest[@]}" >"$LOGS/pending"
+    run_in_lab guest "$MAYFLY_TEST_THREADS"
+}
+
+# run_in_lab PART THREADS: runs the tests listed in $LOGS/pending where there is KVM. An emulated host can die of a fault
+# in the emulation; then what has not passed runs again in a new one. A test that fails on a healthy host has failed.
+run_in_lab() {
+    local try code
     for ((try = 1; try <= LAB_TRIES; try++)); do
         code=0
         tests/lab/lab.sh --share-out "$LOGS" --memory "$(lab_memory)" -- \
-            tests/run-tests.sh --programs "$MAYFLY_TEST_THREADS" "${rest[@]}" -- "${filters[@]}" || code=$?
-        ((code == 0 || code == LAB_FAILED)) || result=$code
-        mapfile -t rest < <(printf '%s\n' "${guest[@]}" | grep -vxFf "$DONE")
-        ((code == LAB_FAILED && ${#rest[@]} > 0)) || return "$result"
-        say "the lab host died (try $try of $LAB_TRIES); ${#rest[@]} test programs are left"
+            tests/run-tests.sh --listed "$2" || code=$?
+        ((code == LAB_FAILED)) || return "$code"
+        # The log is written by a pipe of its own.
+        sleep 1
+        verdicts "$LOGS/$1.log" | sed -n 's/ ok$//p' >"$LOGS/passed"
+        awk 'NR == FNR { passed[$0]; next } { name = $0; sub(/.*\//, "", name) } !(name in passed)' \
+            "$LOGS/passed" "$LOGS/pending" >"$LOGS/left"
+        mv "$LOGS/left" "$LOGS/pending"
+        say "the emulated host died (try $try of $LAB_TRIES); $(wc -l <"$LOGS/pending") tests have not passed yet"
     done
-    return "$LAB_FAILED"
+    return 1
+}
+
+# verdicts LOG...: the last verdict of each test, one a line: program, name, ok or FAILED.
+verdicts() {
+    cat "$@" | tr -d '\r' | awk '
+        /^test: [a-z_]+-[0-9a-f]+$/ { program = $2 }
+        $1 == "Running" { program = $NF; gsub(/.*\/|[()]/, "", program) }
+        /^test .* \.\.\. (ok|FAILED)$/ { verdict[program " " $2] = $NF }
+        END { for (test in verdict) print test, verdict[test] }' | sort
 }
 
 # lab_memory: MiB for the lab host: room for a guest beyond the 3-4 GiB hole where this machine has it.
@@ -90,11 +113,12 @@ lab_memory() {
 # summary: counts what the test programs said, and the guests that booted.
 summary() {
     local passed wrong guests=0
-    passed=$(cat "$LOGS"/*.log | sed -n 's/^test result: .* \([0-9]*\) passed;.*/\1/p' | awk '{ n += $1 } END { print n + 0 }')
-    wrong=$(cat "$LOGS"/*.log | sed -n 's/^test result: .* \([0-9]*\) failed;.*/\1/p' | awk '{ n += $1 } END { print n + 0 }')
+    verdicts "$LOGS"/*.log >"$LOGS/verdicts"
+    passed=$(grep -c ' ok$' "$LOGS/verdicts" || true)
+    wrong=$(grep -c ' FAILED$' "$LOGS/verdicts" || true)
     [[ ! -e $MAYFLY_GUEST_COUNT_FILE ]] || guests=$(wc -l <"$MAYFLY_GUEST_COUNT_FILE")
-    # Names of failed tests, which the programs have printed long ago.
-    sed -n 's/^test \(.*\) \.\.\. FAILED\r\{0,1\}$/FAILED \1/p' "$LOGS"/*.log
+    # Their programs have printed them long ago.
+    sed -n 's/\(.*\)-[0-9a-f]* \(.*\) FAILED$/FAILED \1: \2/p' "$LOGS/verdicts"
     echo "$guests real guests booted"
     echo "$passed passed, $wrong failed"
     if [[ $parts == *guest* ]] && ((guests == 0)); then die "no guest booted: nothing was tested for real"; fi
@@ -105,7 +129,7 @@ summary() {
 main() {
     local parts='unit life-cycle guest' filters=() failed=() life_cycle=() guest=() program list
     case ${1:-} in
-        --programs) shift && run_programs "$@" && exit || exit 1 ;;
+        --listed) run_listed "$2" <"$LOGS/pending" && exit || exit 1 ;;
         --unit | --life-cycle | --guest) parts=${1#--} && shift ;;
         -h | --help) usage && exit ;;
         -*) die "unknown option $1 (try --help)" ;;
@@ -115,7 +139,6 @@ main() {
     require_tools cc:gcc curl:curl ip:iproute2
     rm -rf "$LOGS"
     mkdir -p "$LOGS"
-    : >"$DONE"
     [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --bins --locked -- "${filters[@]}"
     if [[ $parts != unit ]]; then
         say "building the release binaries"

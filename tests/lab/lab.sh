@@ -24,7 +24,8 @@
 # The lab reads this machine's files through a cache: do not change them while it runs.
 set -euo pipefail
 
-readonly PROGRAM=lab FAILED=125 TIMED_OUT=124 BOOT_TRIES=3
+# SILENCE: seconds without a sign of life after which the host is given up: the emulated SVM can stop for good.
+readonly PROGRAM=lab FAILED=125 TIMED_OUT=124 BOOT_TRIES=3 SILENCE=90
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 CACHE=${MAYFLY_GUEST_DIR:-$ROOT/build/guest}
@@ -244,9 +245,12 @@ start_host() {
     report "emulated KVM host up in $(seconds_since "$started") s; running: ${command[*]}"
 }
 
+# silent: the lab host has given no sign of life for too long.
+silent() { [[ -z $(find "$work/control/beat" -newermt "-$SILENCE seconds" 2>/dev/null) ]]; }
+
 # run_command: shows the output until the command or its time ends; prints nothing else on stdout.
 run_command() {
-    local started=${EPOCHREALTIME/./} code
+    local started=${EPOCHREALTIME/./} code checks=0 gone='ended before the command did'
     if [[ ! $interactive ]]; then
         detached tail -c +1 -s 0.1 -f --pid="$qemu" "$work/control/output" &
         tail=$!
@@ -255,6 +259,10 @@ run_command() {
     [[ -z $terminal ]] || stty -onlcr <&3
     while alive "$qemu" && ! [[ -e $work/control/code ]]; do
         ((timeout == 0 || ${EPOCHREALTIME/./} - started < timeout * 1000000)) || break
+        if ((++checks % 100 == 0)) && silent; then
+            gone="has stopped: no sign of life for $SILENCE s"
+            break
+        fi
         pause 0.1
     done
     end_host
@@ -266,7 +274,7 @@ run_command() {
         ((timeout == 0 || ${EPOCHREALTIME/./} - started < timeout * 1000000)) ||
             { say "the command took more than $timeout s" && exit "$TIMED_OUT"; }
         tail -n 20 "$work"/{console,qemu.log} >&2 || true
-        die "the lab host ended before the command did"
+        die "the lab host $gone"
     fi
     code=$(<"$work/control/code")
     report "the command ended with exit code $code after $(seconds_since "$started") s"
