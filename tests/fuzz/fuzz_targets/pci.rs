@@ -20,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 const ECAM_BASE: u64 = 0xe000_0000;
 const BAR_BASE: u64 = 0xc000_0000;
+const NOTIFY_PORTS: u16 = 0x1000;
 const SLOT: u8 = 1;
 /// Of the common configuration (virtio 1.2 §4.1.4.3).
 const DEVICE_STATUS: u64 = 0x14;
@@ -47,6 +48,8 @@ struct Mapper {
     /// Weak, because the bus leads back here through the ECAM.
     bus: Weak<Bus>,
     function: Mutex<Weak<Mutex<PciVirtio>>>,
+    /// Where the function's notification ports are now.
+    ports: Mutex<Option<u16>>,
 }
 
 impl BarMapper for Mapper {
@@ -63,6 +66,19 @@ impl BarMapper for Mapper {
         match (new, function) {
             (Some(new), Some(function)) => bus.insert(new, BAR_LEN, function).map_err(io::Error::other),
             _ => Ok(()),
+        }
+    }
+
+    fn moved_io(&self, _: u8, old: Option<u16>, new: Option<u16>) -> io::Result<()> {
+        let mut ports = self.ports.lock().expect("nothing panics with the lock");
+        assert_eq!(*ports, old, "the segment knows where the ports are");
+        // Some ports are taken.
+        let refused = new.is_some_and(|port| port & 0x100 != 0);
+        *ports = new.filter(|_| !refused);
+        if refused {
+            Err(io::ErrorKind::AddrInUse.into())
+        } else {
+            Ok(())
         }
     }
 }
@@ -87,7 +103,7 @@ enum Step {
     Bar(Access),
     /// One of the BAR's regions, from its start.
     Region(u8, Access),
-    /// Turns decoding of the BAR on.
+    /// Turns decoding of the BARs on.
     Decode,
     /// The next status that leads to a running device.
     Advance,
@@ -114,7 +130,7 @@ fuzz_target!(|steps: Vec<Step>| {
 fn function(memory: &SharedMemory, host: &Arc<Inline>) -> PciVirtio {
     let resources = PciResources {
         bar_address: BAR_BASE,
-        notify_ports: 0x1000,
+        notify_ports: NOTIFY_PORTS,
         interrupt_line: 5,
         router: Arc::new(Interrupts),
         intx: Arc::new(Interrupts),
@@ -135,6 +151,7 @@ impl Machine {
         let mapper = Mapper {
             bus: Arc::downgrade(&bus),
             function: Mutex::new(Arc::downgrade(&function)),
+            ports: Mutex::default(),
         };
         let segment = Arc::new(PciSegment::new(Arc::new(mapper)));
         segment
@@ -173,7 +190,7 @@ impl Machine {
             }
             Step::Decode => {
                 self.bus
-                    .write(ECAM_BASE + (u64::from(SLOT) << 15) + 4, &6u16.to_le_bytes());
+                    .write(ECAM_BASE + (u64::from(SLOT) << 15) + 4, &7u16.to_le_bytes());
             }
             Step::Advance => self.advance(),
             Step::Queue(second, size, page) => self.queue(second, size, page),
