@@ -37,7 +37,7 @@ struct Segment {
 pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<LoadedKernel, KernelError> {
     let (entry, segments) = parse(image, head)?;
     let loaded = check_layout(memory, image, &segments)?;
-    for segment in segments.iter().filter(|s| s.kind == PT_LOAD) {
+    for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
         place(memory, image, segment)?;
     }
     let pvh = segments
@@ -100,9 +100,12 @@ fn check_layout(memory: &GuestMemory, image: &Image, segments: &[Segment]) -> Re
         what,
     };
     let mut ranges = Vec::new();
-    for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
+    for segment in segments.iter().filter(|s| s.kind == PT_LOAD) {
         if segment.file_size > segment.memory_size {
             return Err(damaged("a segment is larger in the file than in memory"));
+        }
+        if segment.memory_size == 0 {
+            continue;
         }
         image.check_range("segments", segment.offset, segment.file_size)?;
         let end = segment.address.checked_add(segment.memory_size);

@@ -218,6 +218,30 @@ fn refuses_segments_outside_memory_below_a_mib_and_overlapping() {
 }
 
 #[test]
+fn refuses_a_segment_that_is_in_the_file_only() {
+    let below_ram = Load {
+        address: 0x2000,
+        memory_size: 0,
+        ..ALIGNED
+    };
+    let (memory, loaded) = load_bytes(&elf(&[ALIGNED, below_ram], None), 32);
+    assert!(matches!(loaded, Err(KernelError::Damaged { .. })));
+    assert_eq!(byte(&memory, 0x2000), 0);
+}
+
+#[test]
+fn an_empty_segment_takes_no_place_wherever_it_claims_to_be() {
+    let nowhere = Load {
+        address: u64::MAX,
+        file_size: 0,
+        memory_size: 0,
+        ..ALIGNED
+    };
+    let (_, loaded) = load_bytes(&elf(&[ALIGNED, nowhere], None), 32);
+    assert_eq!(loaded.unwrap().end, 16 * MIB + 0x5000);
+}
+
+#[test]
 fn refuses_a_truncated_kernel() {
     let whole = elf(&[ALIGNED], None);
     for len in [4, 63, 100, 0x1000, whole.len() - 1] {
