@@ -144,3 +144,99 @@ fn low(value: u64) -> [u8; 4] {
         .expect("boot structures and initrds lie below 4 GiB")
         .to_le_bytes()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    const RSDP: GuestAddress = GuestAddress(0xe_0000);
+    const INITRD: Initrd = Initrd {
+        address: 0xf0_0000,
+        size: 5000,
+    };
+
+    fn start_info(mib: u64, initrd: Option<Initrd>) -> GuestMemory {
+        let memory = memory::create(mib).unwrap();
+        write_start_info(&memory, initrd, RSDP).unwrap();
+        memory
+    }
+
+    fn zero_page(header: Option<&[u8]>) -> GuestMemory {
+        let memory = memory::create(16).unwrap();
+        write_zero_page(&memory, header, Some(INITRD), RSDP).unwrap();
+        memory
+    }
+
+    fn word(memory: &GuestMemory, address: u64) -> u32 {
+        memory.read_obj(GuestAddress(address)).unwrap()
+    }
+
+    fn long(memory: &GuestMemory, address: u64) -> u64 {
+        memory.read_obj(GuestAddress(address)).unwrap()
+    }
+
+    #[test]
+    fn start_info_refers_to_everything() {
+        let memory = start_info(16, Some(INITRD));
+        let at = layout::PVH_START_INFO;
+        let module = long(&memory, at + 16);
+        assert_eq!([word(&memory, at), word(&memory, at + 12)], [0x336e_c578, 1]);
+        let addresses = [long(&memory, at + 24), long(&memory, at + 32)];
+        assert_eq!(addresses, [layout::COMMAND_LINE, RSDP.0]);
+        assert_eq!(
+            [long(&memory, module), long(&memory, module + 8)],
+            [0xf0_0000, 5000]
+        );
+    }
+
+    #[test]
+    fn start_info_without_an_initrd_counts_no_module() {
+        assert_eq!(word(&start_info(16, None), layout::PVH_START_INFO + 12), 0);
+    }
+
+    #[test]
+    fn memory_map_goes_around_the_hole_in_order() {
+        let map = memory_map(&memory::create(5 * 1024).unwrap());
+        let ram: Vec<_> = map.iter().filter(|range| range.kind == RAM).collect();
+        let bounds: Vec<_> = ram.iter().map(|range| (range.start, range.end)).collect();
+        let expected = [
+            (0, layout::EBDA),
+            (0x10_0000, 0xc000_0000),
+            (0x1_0000_0000, 0x1_8000_0000),
+        ];
+        assert_eq!(bounds, expected);
+        assert!(map.is_sorted_by(|one, next| one.end <= next.start));
+    }
+
+    #[test]
+    fn zero_page_of_an_elf_kernel_has_a_header_made_for_it() {
+        let (memory, at) = (zero_page(None), layout::ZERO_PAGE);
+        let magic: [u8; 4] = memory.read_obj(GuestAddress(at + 0x202)).unwrap();
+        assert_eq!(magic, *b"HdrS");
+        assert_eq!(
+            [word(&memory, at + 0x218), word(&memory, at + 0x21c)],
+            [0xf0_0000, 5000]
+        );
+        assert_eq!(
+            [long(&memory, at + 0x70), word(&memory, at + 0x228).into()],
+            [RSDP.0, 0x2_0000]
+        );
+    }
+
+    #[test]
+    fn zero_page_has_the_memory_map_even_behind_the_longest_header() {
+        let (memory, at) = (zero_page(Some(&[0xee; 0x301 - 0x1f1])), layout::ZERO_PAGE);
+        let count: u8 = memory.read_obj(GuestAddress(at + 0x1e8)).unwrap();
+        let high_ram = at + 0x2d0 + 3 * 20;
+        assert_eq!(count, 5);
+        assert_eq!(
+            [long(&memory, at + 0x2d0), long(&memory, at + 0x2d8)],
+            [0, layout::EBDA]
+        );
+        assert_eq!(
+            [long(&memory, high_ram), long(&memory, high_ram + 8)],
+            [0x10_0000, 15 << 20]
+        );
+    }
+}
