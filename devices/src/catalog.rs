@@ -1,6 +1,8 @@
 //! The list of virtio devices: what a config section becomes.
 
-use crate::virtio::{VirtioDevice, block, net, rng};
+use serde_json::Value;
+
+use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, net, rng};
 
 /// The config of any device.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,7 +30,16 @@ pub enum BuildError {
 }
 
 impl DeviceConfig {
-    /// The id under which users know the device.
+    /// What kind of device it is.
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Self::Block(_) => DeviceKind::Block,
+            Self::Net(_) => DeviceKind::Net,
+            Self::Entropy(_) => DeviceKind::Entropy,
+        }
+    }
+
+    /// The id under which users know the device; it is unique among devices of its kind.
     pub fn id(&self) -> &str {
         match self {
             Self::Block(config) => &config.drive_id,
@@ -44,6 +55,17 @@ impl DeviceConfig {
             Self::Net(_) => "net",
             Self::Entropy(_) => "entropy",
         }
+    }
+
+    /// Takes in the change of a live device that its `Patch` describes.
+    pub fn patch(&mut self, patch: &Value) -> Result<(), UpdateError> {
+        match self {
+            Self::Block(config) => config.patch(serde_json::from_value(patch.clone())?),
+            Self::Net(_) | Self::Entropy(_) => {
+                return Err(UpdateError::Refused("this device takes no changes".into()));
+            }
+        }
+        Ok(())
     }
 
     /// Opens what the device needs and makes it.

@@ -20,6 +20,7 @@ pub mod pci;
 pub mod rate_limiter;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod timer;
 pub mod virtio;
 
 /// Guest memory, as every device sees it.

@@ -13,7 +13,7 @@ use devices::pci::root::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_LEN};
 use devices::pci::{ConfigPorts, Ecam, PciError, PciSegment};
 use devices::virtio::mmio::{self, MmioVirtio};
 use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
-use devices::virtio::{LaneHost, Transport, UpdateError, VirtioDevice};
+use devices::virtio::{DeviceKind, LaneHost, Transport, UpdateError, VirtioDevice};
 use serde_json::{Map, Value};
 
 use crate::kvm::{self, KvmError};
@@ -183,11 +183,14 @@ impl DeviceSet {
         }
     }
 
+    /// What a device tells about itself beyond its config.
+    pub fn status(&self, kind: DeviceKind, id: &str) -> Result<Value, DeviceSetError> {
+        Ok(self.find(kind, id)?.lock().slot().device_status())
+    }
+
     /// Changes a device as its own patch says.
-    pub fn update(&self, id: &str, patch: Value) -> Result<(), DeviceSetError> {
-        let device = self.devices.iter().find(|device| device.config.id() == id);
-        let device = device.ok_or_else(|| DeviceSetError::NotFound(id.into()))?;
-        let updated = device.lock().slot().update(patch);
+    pub fn update(&self, kind: DeviceKind, id: &str, patch: Value) -> Result<(), DeviceSetError> {
+        let updated = self.find(kind, id)?.lock().slot().update(patch);
         updated.map_err(|source| DeviceSetError::Update {
             id: id.into(),
             source,
@@ -220,6 +223,12 @@ impl DeviceSet {
                 line.insert(format!("{group}_{}", device.config.id()), counters);
             }
         }
+    }
+
+    fn find(&self, kind: DeviceKind, id: &str) -> Result<&Attached, DeviceSetError> {
+        let is_it = |device: &&Attached| device.config.kind() == kind && device.config.id() == id;
+        let device = self.devices.iter().find(is_it);
+        device.ok_or_else(|| DeviceSetError::NotFound(id.into()))
     }
 
     fn attach_pci(

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use api_server::{Request, Responder, Server, ServerConfig, SocketFile, Stopper};
 use vmm::api;
 use vmm::args::{self, Args, ArgsError, Command};
-use vmm::config::MetricsConfig;
+use vmm::config::{self, MetricsConfig};
 use vmm::control_loop::{self, ControlLoop, Exit, Inbox};
 use vmm::controller::{self, Controller, Instance};
 use vmm::error::chain;
@@ -97,7 +97,7 @@ fn run(args: &Args) -> Result<Exit, Fatal> {
 
 fn boot_and_run(control: &mut ControlLoop, args: &Args) -> Result<Exit, Fatal> {
     if let Some(path) = &args.config_file {
-        let config = controller::read_config_file(path)?;
+        let config = config::read_config_file(path)?;
         control.controller().start_from(config)?;
         log::info!("Successfully started microvm that was configured from one single json");
     }

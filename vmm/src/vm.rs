@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::SharedMemory;
 use devices::bus::{Bus, BusError};
-use devices::catalog::DeviceConfig;
 use devices::legacy::i8042::CtrlAltDelError;
+use devices::virtio::DeviceKind;
 use serde_json::{Map, Value};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
@@ -126,7 +126,7 @@ impl Vm {
             host: Arc::new(io_loop),
         };
         let mut devices = DeviceSet::new(platform, &pio, pci)?;
-        for device in device_configs(&config) {
+        for device in config.devices() {
             devices.attach(device)?;
         }
         boot::add_device_parameters(&mut command_line, &config, devices.mmio_places())?;
@@ -216,16 +216,24 @@ impl Vm {
         Ok(())
     }
 
-    /// Changes a drive while the guest uses it.
-    pub fn patch_drive(&mut self, id: &str, patch: Value) -> Result<(), DeviceSetError> {
-        let drive = self.config.drives.iter_mut().find(|drive| drive.drive_id == id);
-        let drive = drive.ok_or_else(|| DeviceSetError::NotFound(id.into()))?;
-        let path = patch["path_on_host"].as_str().map(str::to_owned);
-        self.devices.update(id, patch)?;
-        if let Some(path) = path {
-            drive.path_on_host = Some(path);
-        }
+    /// Changes a device while the guest uses it, wholly or not at all.
+    pub fn patch_device(&mut self, kind: DeviceKind, id: &str, patch: Value) -> Result<(), DeviceSetError> {
+        let config = self.config.device(kind, id);
+        let mut config = config.ok_or_else(|| DeviceSetError::NotFound(id.into()))?;
+        let refused = |source| DeviceSetError::Update {
+            id: id.into(),
+            source,
+        };
+        config.patch(&patch).map_err(refused)?;
+        self.devices.update(kind, id, patch)?;
+        let put = self.config.put_device(config);
+        put.expect("a patch changes nothing that other devices depend on");
         Ok(())
+    }
+
+    /// What a device tells about itself beyond its config.
+    pub fn device_status(&self, kind: DeviceKind, id: &str) -> Result<Value, DeviceSetError> {
+        self.devices.status(kind, id)
     }
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard.
@@ -272,15 +280,6 @@ impl Vm {
         self.legacy.collect_metrics(line);
         self.devices.collect_metrics(line);
     }
-}
-
-/// The virtio devices of a config, in the order in which the guest finds them.
-fn device_configs(config: &VmConfig) -> impl Iterator<Item = DeviceConfig> {
-    let drives = config.drives.iter().cloned().map(DeviceConfig::Block);
-    let nets = config.network_interfaces.iter().cloned().map(DeviceConfig::Net);
-    drives
-        .chain(nets)
-        .chain(config.entropy.clone().map(DeviceConfig::Entropy))
 }
 
 /// The host's time stamp counter.

@@ -133,6 +133,11 @@ impl Lane {
         (self.device.save(), self.queues.clone())
     }
 
+    /// What the device tells about itself beyond its config.
+    pub fn device_status(&self) -> Value {
+        self.device.status()
+    }
+
     /// The device's counters.
     pub fn metrics(&self) -> Value {
         self.device.metrics()

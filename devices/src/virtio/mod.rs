@@ -185,6 +185,10 @@ pub trait VirtioDevice: Send {
     fn save(&self) -> Blob;
     /// Takes a saved state into a new device of the same config.
     fn load(&mut self, state: Blob) -> Result<(), StateError>;
+    /// What users can ask for beyond the config, as one JSON object.
+    fn status(&self) -> Value {
+        Value::Null
+    }
     /// The counters since creation, as one JSON object.
     fn metrics(&self) -> Value;
 }

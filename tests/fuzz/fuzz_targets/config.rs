@@ -68,17 +68,9 @@ fn check(config: VmConfig) {
     let _ = config.machine_config.validated();
     let mut built = VmConfig::default();
     let _ = built.put_boot_source(config.boot_source);
-    for drive in config.drives {
-        let _ = drive.validate();
+    for device in config.devices() {
         let before = built.clone();
-        if built.put_drive(drive).is_err() {
-            assert_eq!(built, before);
-        }
-    }
-    for net in config.network_interfaces {
-        let _ = net.validate();
-        let before = built.clone();
-        if built.put_net(net).is_err() {
+        if built.put_device(device).is_err() {
             assert_eq!(built, before);
         }
     }

@@ -139,6 +139,13 @@ impl Config {
         self.is_read_only.unwrap_or_default()
     }
 
+    /// Takes in what a patch changes.
+    pub fn patch(&mut self, patch: Patch) {
+        if patch.path_on_host.is_some() {
+            self.path_on_host = patch.path_on_host;
+        }
+    }
+
     /// Checks the config, opens the image and makes the device.
     pub fn build(&self) -> Result<Block, OpenError> {
         self.validate()?;

@@ -308,6 +308,14 @@ impl VirtioSlot {
         Ok(())
     }
 
+    /// What the device tells about itself beyond its config.
+    pub fn device_status(&self) -> Value {
+        match &self.half {
+            Half::Idle(device) => device.status(),
+            _ => self.on_lane(|lane, _| lane.device_status()),
+        }
+    }
+
     /// The device's counters.
     pub fn metrics(&self) -> Value {
         match &self.half {

@@ -1,10 +1,17 @@
 //! What the user asks for. These types are the API bodies, the sections of the config file and the answer of
 //! `GET /vm/config` all at once; a config is plain data, and nothing is opened while it is checked.
 
-use std::path::PathBuf;
+mod file;
+mod machine;
+mod process;
 
-use devices::virtio::{block, net, rng};
+use devices::catalog::DeviceConfig;
+use devices::virtio::{DeviceKind, block, net, rng};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+pub use file::{ConfigFileError, read_config_file};
+pub use machine::{CpuTemplate, HugePages, MachineConfig, MachinePatch};
+pub use process::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 
 /// The largest guest: vCPUs.
 pub const MAX_VCPUS: u8 = 32;
@@ -56,123 +63,6 @@ pub enum ConfigError {
     Id(&'static str),
 }
 
-/// Size and shape of the machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MachineConfig {
-    /// vCPUs, 1 to [`MAX_VCPUS`].
-    pub vcpu_count: u8,
-    /// Guest memory, in MiB.
-    pub mem_size_mib: usize,
-    /// Whether two vCPUs share a core in the guest's topology.
-    #[serde(default)]
-    pub smt: bool,
-    /// A named CPU template; only `None` so far.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_template: Option<CpuTemplate>,
-    /// Whether a snapshot may hold only the pages that changed. Takes effect together with snapshots.
-    #[serde(default)]
-    pub track_dirty_pages: bool,
-    /// Page size behind guest memory.
-    #[serde(default)]
-    pub huge_pages: HugePages,
-}
-
-impl Default for MachineConfig {
-    fn default() -> Self {
-        Self {
-            vcpu_count: 1,
-            mem_size_mib: 128,
-            smt: false,
-            cpu_template: None,
-            track_dirty_pages: false,
-            huge_pages: HugePages::None,
-        }
-    }
-}
-
-/// Named CPU templates of the API.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the names are the API's")]
-pub enum CpuTemplate {
-    C3,
-    T2,
-    T2S,
-    None,
-    T2CL,
-    T2A,
-}
-
-/// Page sizes of the API.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum HugePages {
-    /// Ordinary pages, and whatever the host's policy makes of them.
-    #[default]
-    None,
-    /// Transparent huge pages.
-    Transparent,
-    /// Pages of hugetlbfs.
-    #[serde(rename = "2M")]
-    Hugetlbfs2M,
-}
-
-/// The body of `PATCH /machine-config`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "as in MachineConfig")]
-pub struct MachinePatch {
-    pub vcpu_count: Option<u8>,
-    pub mem_size_mib: Option<usize>,
-    pub smt: Option<bool>,
-    pub cpu_template: Option<CpuTemplate>,
-    pub track_dirty_pages: Option<bool>,
-    pub huge_pages: Option<HugePages>,
-}
-
-impl MachinePatch {
-    /// True when nothing is to be changed.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-impl MachineConfig {
-    /// This config with the patch's values in place of its own.
-    pub fn patched(&self, patch: &MachinePatch) -> Self {
-        Self {
-            vcpu_count: patch.vcpu_count.unwrap_or(self.vcpu_count),
-            mem_size_mib: patch.mem_size_mib.unwrap_or(self.mem_size_mib),
-            smt: patch.smt.unwrap_or(self.smt),
-            cpu_template: patch.cpu_template.or(self.cpu_template),
-            track_dirty_pages: patch.track_dirty_pages.unwrap_or(self.track_dirty_pages),
-            huge_pages: patch.huge_pages.unwrap_or(self.huge_pages),
-        }
-    }
-
-    /// Checks the values, and leaves out a template that changes nothing.
-    pub fn validated(mut self) -> Result<Self, ConfigError> {
-        let odd = self.smt && self.vcpu_count > 1 && !self.vcpu_count.is_multiple_of(2);
-        if self.vcpu_count == 0 || self.vcpu_count > MAX_VCPUS || odd {
-            return Err(ConfigError::VcpuCount(self.vcpu_count));
-        }
-        if self.mem_size_mib < MIN_MEMORY_MIB {
-            return Err(ConfigError::MemorySize(self.mem_size_mib));
-        }
-        let unsupported = |what: String| ConfigError::Unsupported {
-            section: "Machine config",
-            what,
-        };
-        match self.cpu_template.take() {
-            None | Some(CpuTemplate::None) => {}
-            Some(template) => return Err(unsupported(format!("cpu_template {template:?}"))),
-        }
-        if self.huge_pages != HugePages::None {
-            return Err(unsupported(format!("huge_pages {:?}", self.huge_pages)));
-        }
-        Ok(self)
-    }
-}
-
 /// What to boot.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -183,73 +73,6 @@ pub struct BootSource {
     pub initrd_path: Option<String>,
     /// The kernel command line; the default is [`crate::boot::cmdline::DEFAULT`].
     pub boot_args: Option<String>,
-}
-
-/// Where the first serial port is connected.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SerialConfig {
-    /// A file for the output, instead of standard output. Standard input is then not read.
-    pub serial_out_path: Option<PathBuf>,
-    /// Not supported yet.
-    #[serde(default)]
-    pub rate_limiter: Absent,
-}
-
-/// Where and how to log; every field that is absent keeps what the command line said, except the level, which
-/// becomes `Info`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LoggerConfig {
-    /// A file, created when missing, or a FIFO.
-    pub log_path: Option<PathBuf>,
-    /// The least severe level that is logged.
-    pub level: Option<LogLevel>,
-    /// Whether lines show their level.
-    pub show_level: Option<bool>,
-    /// Whether lines show file and line of their origin.
-    pub show_log_origin: Option<bool>,
-    /// Only this module is logged.
-    pub module: Option<String>,
-}
-
-/// A log level, written in any case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LogLevel(pub log::LevelFilter);
-
-impl std::str::FromStr for LogLevel {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let known = match text.to_ascii_lowercase().as_str() {
-            "warning" => log::LevelFilter::Warn,
-            other => other.parse().map_err(|_| {
-                format!("Invalid LevelFilter: '{text}' is none of Off, Trace, Debug, Info, Warn, Error")
-            })?,
-        };
-        Ok(Self(known))
-    }
-}
-
-impl Serialize for LogLevel {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.0.as_str())
-    }
-}
-
-impl<'de> Deserialize<'de> for LogLevel {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
-}
-
-/// Where metrics go. Unknown fields are ignored, as clients of the API expect.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MetricsConfig {
-    /// A file, created when missing, or a FIFO.
-    pub metrics_path: PathBuf,
 }
 
 /// Stands for what this version does not have: only `null` is taken.
@@ -342,8 +165,31 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// Adds a drive, or replaces the one with its id.
-    pub fn put_drive(&mut self, drive: block::Config) -> Result<(), ConfigError> {
+    /// The virtio devices, in the order in which the guest finds them.
+    pub fn devices(&self) -> Vec<DeviceConfig> {
+        let drives = self.drives.iter().cloned().map(DeviceConfig::Block);
+        let nets = self.network_interfaces.iter().cloned().map(DeviceConfig::Net);
+        let entropy = self.entropy.iter().cloned().map(DeviceConfig::Entropy);
+        drives.chain(nets).chain(entropy).collect()
+    }
+
+    /// The virtio device of this kind and name.
+    pub fn device(&self, kind: DeviceKind, id: &str) -> Option<DeviceConfig> {
+        let mut devices = self.devices().into_iter();
+        devices.find(|device| device.kind() == kind && device.id() == id)
+    }
+
+    /// Adds a virtio device, or replaces the one of its kind with its id.
+    pub fn put_device(&mut self, device: DeviceConfig) -> Result<(), ConfigError> {
+        match device {
+            DeviceConfig::Block(drive) => self.put_drive(drive)?,
+            DeviceConfig::Net(net) => self.put_net(net)?,
+            DeviceConfig::Entropy(entropy) => self.entropy = Some(entropy),
+        }
+        Ok(())
+    }
+
+    fn put_drive(&mut self, drive: block::Config) -> Result<(), ConfigError> {
         let other_root = self
             .drives
             .iter()
@@ -361,8 +207,7 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Adds a network card, or replaces the one with its id.
-    pub fn put_net(&mut self, net: net::Config) -> Result<(), ConfigError> {
+    fn put_net(&mut self, net: net::Config) -> Result<(), ConfigError> {
         let twin = |n: &&net::Config| n.iface_id != net.iface_id && n.guest_mac == net.guest_mac;
         if let (Some(mac), Some(other)) = (&net.guest_mac, self.network_interfaces.iter().find(twin)) {
             return Err(ConfigError::MacInUse {

@@ -3,16 +3,22 @@
 //! This is the only place that knows both HTTP and actions. It runs on the `api` thread, which turns untrusted bytes
 //! into typed, locally checked actions; the control thread decides whether they are possible.
 
+mod counters;
+mod error;
+
 use api_server::{Method, Request, Response};
-use devices::virtio::{block, net, rng};
+use devices::catalog::DeviceConfig;
+use devices::virtio::{DeviceKind, block, net};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::config::{
-    BootSource, ConfigError, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
+    BootSource, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
 };
 use crate::metrics::RequestMetrics;
+
+pub use error::RouteError;
 
 /// What a client wants. Each is carried out once, by the controller's only `match`.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,13 +31,15 @@ pub enum Action {
     PutMachineConfig(MachineConfig),
     PatchMachineConfig(MachinePatch),
     PutBootSource(BootSource),
-    PutDrive(Box<block::Config>),
-    PutNet(Box<net::Config>),
-    PutEntropy(rng::Config),
+    PutDevice(Box<DeviceConfig>),
+    PatchDevice {
+        kind: DeviceKind,
+        id: String,
+        patch: Value,
+    },
     PutSerial(SerialConfig),
     PutLogger(LoggerConfig),
     PutMetrics(MetricsConfig),
-    PatchDrive { id: String, patch: Value },
     InstanceStart,
     FlushMetrics,
     SendCtrlAltDel,
@@ -47,42 +55,6 @@ pub enum Reply {
     Done,
     /// A JSON document.
     Json(String),
-}
-
-/// Why a request is answered 400 without reaching the control thread.
-#[derive(Debug, thiserror::Error)]
-pub enum RouteError {
-    /// No such resource, or not with this method.
-    #[error("Invalid request method and/or path: {method} {path}.")]
-    NotFound {
-        /// The request's method.
-        method: Method,
-        /// The part of the path that decided.
-        path: String,
-    },
-    /// The resource exists in the API and not yet in Mayfly.
-    #[error("{method} /{path} is not supported by this version of Mayfly.")]
-    Unsupported {
-        /// The request's method.
-        method: Method,
-        /// The resource.
-        path: String,
-    },
-    /// A body where none may be, or none where one must be.
-    #[error("{0}")]
-    Body(&'static str),
-    /// The body is not the JSON that the resource takes.
-    #[error("An error occurred when deserializing the json body of a request: {0}.")]
-    Json(serde_json::Error),
-    /// The id in the path breaks the rules.
-    #[error("{0}")]
-    Id(ConfigError),
-    /// Path and body disagree.
-    #[error("{0}")]
-    IdMismatch(String),
-    /// A value that only the device knows to be wrong.
-    #[error("{0}")]
-    Config(String),
 }
 
 /// A routed request.
@@ -135,7 +107,7 @@ const UNSUPPORTED: [&str; 8] = [
 /// Turns a request into an action, counting it.
 pub fn route(request: &Request, metrics: &RequestMetrics) -> Result<Routed, RouteError> {
     let routed = find(request);
-    if let Some((group, name)) = counter_of(request) {
+    if let Some((group, name)) = counters::counter_of(request) {
         metrics.count(group, name, routed.is_err());
     }
     routed
@@ -157,7 +129,7 @@ fn find(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, "drives") => put_drive(id, body)?,
         (Method::Patch, "drives") => patch_drive(id, body)?,
         (Method::Put, "network-interfaces") => put_net(id, body)?,
-        (Method::Put, "entropy") => Action::PutEntropy(json(body)?),
+        (Method::Put, "entropy") => put_device(DeviceConfig::Entropy(json(body)?)),
         (Method::Put, "serial") => Action::PutSerial(json(body)?),
         (Method::Put, "logger") => Action::PutLogger(json(body)?),
         (Method::Put, "metrics") => Action::PutMetrics(json(body)?),
@@ -222,18 +194,23 @@ fn patch_machine_config(body: &[u8]) -> Result<Routed, RouteError> {
     })
 }
 
+fn put_device(device: DeviceConfig) -> Action {
+    Action::PutDevice(Box::new(device))
+}
+
 fn put_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let config: block::Config = json(body)?;
     same_drive_id(id, &config.drive_id)?;
-    Ok(Action::PutDrive(Box::new(config)))
+    Ok(put_device(DeviceConfig::Block(config)))
 }
 
 fn patch_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let patch: block::Patch = json(body)?;
     same_drive_id(id, &patch.drive_id)?;
-    Ok(Action::PatchDrive {
+    Ok(Action::PatchDevice {
+        kind: DeviceKind::Block,
         id: id.into(),
         patch: json(body)?,
     })
@@ -249,7 +226,7 @@ fn put_net(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
         );
         return Err(RouteError::IdMismatch(ids));
     }
-    Ok(Action::PutNet(Box::new(config)))
+    Ok(put_device(DeviceConfig::Net(config)))
 }
 
 fn same_drive_id(path: &str, body: &str) -> Result<(), RouteError> {
@@ -274,32 +251,6 @@ fn action(body: ActionBody) -> Action {
         ActionType::SendCtrlAltDel => Action::SendCtrlAltDel,
         ActionType::PowerButton => Action::PowerButton,
     }
-}
-
-/// The metrics group and name of a request.
-fn counter_of(request: &Request) -> Option<(&'static str, &'static str)> {
-    let resource = request
-        .path
-        .trim_start_matches('/')
-        .split('/')
-        .next()
-        .unwrap_or_default();
-    Some(match (request.method, resource) {
-        (Method::Get, "") => ("get_api_requests", "instance_info"),
-        (Method::Get, "version") => ("get_api_requests", "vmm_version"),
-        (Method::Get, "machine-config") => ("get_api_requests", "machine_cfg"),
-        (Method::Put, "actions") => ("put_api_requests", "actions"),
-        (Method::Put, "boot-source") => ("put_api_requests", "boot_source"),
-        (Method::Put, "drives") => ("put_api_requests", "drive"),
-        (Method::Put, "logger") => ("put_api_requests", "logger"),
-        (Method::Put, "machine-config") => ("put_api_requests", "machine_cfg"),
-        (Method::Put, "metrics") => ("put_api_requests", "metrics"),
-        (Method::Put, "network-interfaces") => ("put_api_requests", "network"),
-        (Method::Put, "serial") => ("put_api_requests", "serial"),
-        (Method::Patch, "drives") => ("patch_api_requests", "drive"),
-        (Method::Patch, "machine-config") => ("patch_api_requests", "machine_cfg"),
-        _ => return None,
-    })
 }
 
 /// The answer to a carried-out action.

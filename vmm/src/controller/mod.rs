@@ -3,76 +3,28 @@
 //! Before start there is only a config: a PUT checks it, opens what it names to see that it can be opened, and keeps
 //! plain data. `InstanceStart` makes a [`Vm`] of it, or leaves everything as it was.
 
+mod error;
+
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use devices::catalog::{BuildError, DeviceConfig};
-use devices::virtio::block;
+use devices::catalog::DeviceConfig;
+use devices::virtio::DeviceKind;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::api::{Action, Reply};
-use crate::boot::image::{Image, ImageError, ImageKind};
-use crate::config::{ConfigError, LoggerConfig, MachineConfig, MetricsConfig, SerialConfig, VmConfig};
-use crate::device_set::DeviceSetError;
+use crate::boot::image::{Image, ImageKind};
+use crate::config::{LoggerConfig, MachineConfig, MetricsConfig, SerialConfig, VmConfig};
 use crate::logger::LOGGER;
 use crate::metrics::{MetricsSink, RequestMetrics, add_to_sum};
 use crate::vm::{Settings, Vm, VmError};
 
+pub use error::ControlError;
+
 /// The API level that Mayfly implements.
 pub const API_VERSION: &str = "1.16.1";
-
-/// Why an action was refused; nothing changed.
-#[derive(Debug, thiserror::Error)]
-pub enum ControlError {
-    /// Only before start.
-    #[error("The requested operation is not supported after starting the microVM.")]
-    AfterStart,
-    /// Only after start.
-    #[error("The requested operation is not supported before starting the microVM.")]
-    BeforeStart,
-    /// The values are out of range or contradict the rest of the config.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The kernel or the initrd cannot be used.
-    #[error("Boot source error")]
-    BootSource(#[source] ImageError),
-    /// What a device needs cannot be opened.
-    #[error("{section} config error")]
-    Device {
-        /// Which section of the API.
-        section: &'static str,
-        /// Why.
-        source: BuildError,
-    },
-    /// A live device refused a change, or there is no such device.
-    #[error("Drive config error: Unable to patch the block device")]
-    Patch(#[source] DeviceSetError),
-    /// A file for lines cannot be opened.
-    #[error("{section} error: cannot open '{path}' for writing", path = path.display())]
-    Sink {
-        /// Logger, Metrics or Serial.
-        section: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// Metrics have a path already.
-    #[error("Metrics error: the metrics path is set already and stays until the process ends")]
-    MetricsTwice,
-    /// A metrics line could not be written.
-    #[error("Metrics error: cannot write a line")]
-    MetricsWrite(#[source] io::Error),
-    /// The machine could not be built or started.
-    #[error("Start microvm error")]
-    Start(#[source] VmError),
-    /// The running machine could not do it.
-    #[error("Internal VMM error")]
-    Vm(#[source] VmError),
-}
 
 enum State {
     Configuring(Box<VmConfig>),
@@ -145,20 +97,8 @@ impl Controller {
                 config.put_boot_source(source)?;
                 Ok(Reply::Done)
             }
-            Action::PutDrive(drive) => self.put_drive(*drive),
-            Action::PutNet(net) => {
-                let mut config = self.config()?.clone();
-                config.put_net((*net).clone())?;
-                check_device("Network", &DeviceConfig::Net(*net))?;
-                *self.config()? = config;
-                Ok(Reply::Done)
-            }
-            Action::PutEntropy(entropy) => {
-                self.config()?;
-                check_device("Entropy", &DeviceConfig::Entropy(entropy.clone()))?;
-                self.config()?.entropy = Some(entropy);
-                Ok(Reply::Done)
-            }
+            Action::PutDevice(device) => self.put_device(*device),
+            Action::PatchDevice { kind, id, patch } => self.patch_device(kind, &id, patch),
             Action::PutSerial(serial) => self.put_serial(serial),
             Action::PutLogger(logger) => {
                 self.config()?;
@@ -170,7 +110,6 @@ impl Controller {
                 self.set_metrics(&metrics)?;
                 Ok(Reply::Done)
             }
-            Action::PatchDrive { id, patch } => self.patch_drive(&id, patch),
             Action::InstanceStart => self.start(),
             Action::FlushMetrics => {
                 self.vm()?;
@@ -192,27 +131,13 @@ impl Controller {
         if let Some(metrics) = &config.metrics {
             self.set_metrics(metrics)?;
         }
-        let VmConfig {
-            machine_config,
-            boot_source,
-            drives,
-            network_interfaces,
-            entropy,
-            serial,
-            ..
-        } = config;
-        self.handle(Action::PutMachineConfig(machine_config))?;
-        self.handle(Action::PutBootSource(boot_source))?;
-        for drive in drives {
-            self.handle(Action::PutDrive(Box::new(drive)))?;
+        let devices = config.devices();
+        self.handle(Action::PutMachineConfig(config.machine_config))?;
+        self.handle(Action::PutBootSource(config.boot_source))?;
+        for device in devices {
+            self.handle(Action::PutDevice(Box::new(device)))?;
         }
-        for net in network_interfaces {
-            self.handle(Action::PutNet(Box::new(net)))?;
-        }
-        if let Some(entropy) = entropy {
-            self.handle(Action::PutEntropy(entropy))?;
-        }
-        if let Some(serial) = serial {
+        if let Some(serial) = config.serial {
             self.handle(Action::PutSerial(serial))?;
         }
         self.handle(Action::InstanceStart)?;
@@ -299,10 +224,14 @@ impl Controller {
         Ok(Reply::Done)
     }
 
-    fn put_drive(&mut self, drive: block::Config) -> Result<Reply, ControlError> {
+    fn put_device(&mut self, device: DeviceConfig) -> Result<Reply, ControlError> {
         let mut config = self.config()?.clone();
-        config.put_drive(drive.clone())?;
-        check_device("Drive", &DeviceConfig::Block(drive))?;
+        config.put_device(device.clone())?;
+        // What the device needs is opened to see that it can be, and let go of again.
+        device.build().map_err(|source| ControlError::Device {
+            kind: device.kind(),
+            source,
+        })?;
         *self.config()? = config;
         Ok(Reply::Done)
     }
@@ -321,8 +250,9 @@ impl Controller {
         Ok(Reply::Done)
     }
 
-    fn patch_drive(&mut self, id: &str, patch: Value) -> Result<Reply, ControlError> {
-        self.vm()?.patch_drive(id, patch).map_err(ControlError::Patch)?;
+    fn patch_device(&mut self, kind: DeviceKind, id: &str, patch: Value) -> Result<Reply, ControlError> {
+        let patched = self.vm()?.patch_device(kind, id, patch);
+        patched.map_err(|source| ControlError::Patch { kind, source })?;
         Ok(Reply::Done)
     }
 
@@ -411,41 +341,4 @@ fn check_image(kind: ImageKind, path: Option<&String>) -> Result<(), ControlErro
         Image::open(kind, path.as_ref()).map_err(ControlError::BootSource)?;
     }
     Ok(())
-}
-
-/// Opens what the device needs and lets go of it again.
-fn check_device(section: &'static str, config: &DeviceConfig) -> Result<(), ControlError> {
-    config
-        .build()
-        .map(drop)
-        .map_err(|source| ControlError::Device { section, source })
-}
-
-/// Reads a config file.
-pub fn read_config_file(path: &std::path::Path) -> Result<VmConfig, ConfigFileError> {
-    let name = || path.display().to_string();
-    let file = std::fs::File::open(path).map_err(|source| ConfigFileError::Open { path: name(), source })?;
-    let text = io::read_to_string(file).map_err(|source| ConfigFileError::Open { path: name(), source })?;
-    serde_json::from_str(&text).map_err(|source| ConfigFileError::Json { path: name(), source })
-}
-
-/// Why a config file cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigFileError {
-    /// It cannot be read.
-    #[error("cannot read the config file '{path}'")]
-    Open {
-        /// The file.
-        path: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// It is not a config.
-    #[error("the config file '{path}' is not a machine's config")]
-    Json {
-        /// The file.
-        path: String,
-        /// Where and why.
-        source: serde_json::Error,
-    },
 }

@@ -1,0 +1,85 @@
+//! [`ControlError`]: why an action was refused.
+
+use std::io;
+use std::path::PathBuf;
+
+use devices::catalog::BuildError;
+use devices::virtio::DeviceKind;
+
+use crate::boot::image::ImageError;
+use crate::config::ConfigError;
+use crate::device_set::DeviceSetError;
+use crate::vm::VmError;
+
+/// Why an action was refused; nothing changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Only before start.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AfterStart,
+    /// Only after start.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    BeforeStart,
+    /// The values are out of range or contradict the rest of the config.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The kernel or the initrd cannot be used.
+    #[error("Boot source error")]
+    BootSource(#[source] ImageError),
+    /// What a device needs cannot be opened.
+    #[error("{} config error", section(*kind))]
+    Device {
+        /// What it is.
+        kind: DeviceKind,
+        /// Why.
+        source: BuildError,
+    },
+    /// A live device refused a change, or there is no such device.
+    #[error("{}", refused_patch(*kind))]
+    Patch {
+        /// What it is.
+        kind: DeviceKind,
+        /// Why.
+        source: DeviceSetError,
+    },
+    /// A file for lines cannot be opened.
+    #[error("{section} error: cannot open '{path}' for writing", path = path.display())]
+    Sink {
+        /// Logger, Metrics or Serial.
+        section: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Metrics have a path already.
+    #[error("Metrics error: the metrics path is set already and stays until the process ends")]
+    MetricsTwice,
+    /// A metrics line could not be written.
+    #[error("Metrics error: cannot write a line")]
+    MetricsWrite(#[source] io::Error),
+    /// The machine could not be built or started.
+    #[error("Start microvm error")]
+    Start(#[source] VmError),
+    /// The running machine could not do it.
+    #[error("Internal VMM error")]
+    Vm(#[source] VmError),
+}
+
+/// The API's word for a kind of device.
+fn section(kind: DeviceKind) -> &'static str {
+    match kind {
+        DeviceKind::Block => "Drive",
+        DeviceKind::Net => "Network",
+        DeviceKind::Entropy => "Entropy",
+    }
+}
+
+/// How the API begins the refusal of a patch.
+fn refused_patch(kind: DeviceKind) -> &'static str {
+    match kind {
+        DeviceKind::Block => "Drive config error: Unable to patch the block device",
+        DeviceKind::Net => "Network config error: Unable to update the net device",
+        DeviceKind::Entropy => "Entropy config error",
+    }
+}
