@@ -65,10 +65,11 @@ fn config_file(text: &[u8]) {
 
 /// Puts a config together as the API would; what is refused changes nothing.
 fn check(config: VmConfig) {
+    let devices = config.devices();
     let _ = config.machine_config.validated();
     let mut built = VmConfig::default();
     let _ = built.put_boot_source(config.boot_source);
-    for device in config.devices() {
+    for device in devices {
         let before = built.clone();
         if built.put_device(device).is_err() {
             assert_eq!(built, before);
