@@ -262,6 +262,18 @@ impl<'m> Window<'m> {
         self.inside(address, len)
     }
 
+    /// The bytes from `address` on that one region has, at most `len` and at least one.
+    fn run(&mut self, mem: &'m GuestMemory, address: u64, len: usize) -> Option<VolatileSlice<'m>> {
+        if let Some(slice) = self.inside(address, len) {
+            return Some(slice);
+        }
+        *self = Self::around(mem, address)?;
+        let offset = usize::try_from(address - self.start).ok()?;
+        self.slice
+            .subslice(offset, len.min(self.slice.len() - offset))
+            .ok()
+    }
+
     fn inside(&self, address: u64, len: usize) -> Option<VolatileSlice<'m>> {
         let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
         self.slice.subslice(offset, len).ok()
@@ -438,13 +450,16 @@ impl<'m> Ring<'_, 'm> {
                 return Err(QueueError::Chain { head, what });
             }
         };
-        if len == 0 {
-            return Ok(());
+        let missing = QueueError::Buffer { head, address, len };
+        let mut left = usize::try_from(len).expect("a u32 fits");
+        let mut at = address;
+        // More than one turn only where regions of memory touch: the guest does not know of their border.
+        while left > 0 {
+            let piece = self.window.run(self.mem, at, left).ok_or(missing)?;
+            side.push(&piece);
+            left -= piece.len();
+            at = at.wrapping_add(u64::try_from(piece.len()).expect("a u64 has room"));
         }
-        let piece = self
-            .window
-            .get(self.mem, address, usize::try_from(len).expect("a u32 fits"));
-        side.push(&piece.ok_or(QueueError::Buffer { head, address, len })?);
         Ok(())
     }
 }

@@ -293,3 +293,31 @@ proptest::proptest! {
         let _ = ring.enable_notify();
     }
 }
+
+#[test]
+fn a_buffer_may_cross_from_one_region_into_the_next() {
+    let regions = [(GuestAddress(0), MIB), (GuestAddress(MIB as u64), MIB)];
+    let mem = GuestMemory::from_ranges(&regions).unwrap();
+    let mut driver = Driver::new(&mem, 0x1000, 8);
+    let mut queue = driver.queue(false);
+    driver.offer(&[readable(0xf_fffe, 5), writable(0x10_0010, 7)]);
+    driver.offer(&[readable(0x1f_fffe, 5)]);
+    mem.write_slice(b"hello", GuestAddress(0xf_fffe)).unwrap();
+
+    let mut chain = Chain::new();
+    let mut ring = queue.open(&mem).unwrap();
+    assert!(ring.pop(&mut chain).unwrap());
+
+    let mut data = [0; 5];
+    chain.readable.read(0, &mut data);
+    assert_eq!(
+        (&data, chain.readable.iovecs().len(), chain.writable.len()),
+        (b"hello", 2, 7)
+    );
+    let past_the_end = QueueError::Buffer {
+        head: 2,
+        address: 0x1f_fffe,
+        len: 5,
+    };
+    assert_eq!(ring.pop(&mut chain), Err(past_the_end));
+}
