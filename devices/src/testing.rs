@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::GuestMemory;
-use crate::virtio::{Io, Irq, Job, Lane, LaneHost, LaneId, Queue, QueueConfig, Vector, Watch};
+use crate::virtio::{ConfigSpace, Io, Irq, Job, Lane, LaneHost, LaneId, Queue, QueueConfig, Vector, Watch};
 
 /// Plain guest memory of `len` bytes from address zero.
 pub fn memory(len: usize) -> GuestMemory {
@@ -27,6 +27,8 @@ pub struct Recorder {
     pub config: AtomicUsize,
     /// Queue interrupts, of all queues.
     pub queue: AtomicUsize,
+    /// The configuration space that the driver sees.
+    pub space: ConfigSpace,
     /// What the device watches.
     pub watched: Mutex<Vec<(RawFd, u32)>>,
 }
@@ -287,6 +289,7 @@ pub fn io<'a>(
         queues,
         irq: recorder,
         watch: recorder,
+        config: &recorder.space,
         features,
         again: None,
     }

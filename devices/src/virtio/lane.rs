@@ -13,7 +13,7 @@ use serde_json::Value;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Blob, DeviceError, Io, Irq, Queue, UpdateError, Vector, VirtioDevice, Watch};
+use super::{Blob, ConfigSpace, DeviceError, Io, Irq, Queue, UpdateError, Vector, VirtioDevice, Watch};
 use crate::SharedMemory;
 
 /// Names a lane on its loop.
@@ -42,6 +42,7 @@ pub struct Lane {
     pub(super) kicks: Vec<Arc<EventFd>>,
     pub(super) memory: SharedMemory,
     pub(super) irq: Arc<dyn Irq>,
+    pub(super) config: Arc<ConfigSpace>,
     pub(super) features: u64,
     pub(super) broken: Arc<AtomicBool>,
     pub(super) paused: bool,
@@ -122,10 +123,10 @@ impl Lane {
         }
     }
 
-    /// Changes the device, and gives its configuration space as it is then.
-    pub fn update(&mut self, patch: Value, watch: &dyn Watch) -> Result<Vec<u8>, UpdateError> {
+    /// Changes the device; true when its configuration space is another one then.
+    pub fn update(&mut self, patch: Value, watch: &dyn Watch) -> Result<bool, UpdateError> {
         self.lend(watch, |device, io| device.update(patch, io))?;
-        Ok(self.device.config_space().to_vec())
+        Ok(self.config.set(self.device.config_space()))
     }
 
     /// The device's state and its queues.
@@ -178,6 +179,7 @@ impl Lane {
             queues: &mut self.queues,
             irq: &*self.irq,
             watch: &watch,
+            config: &self.config,
             features: self.features,
             again: None,
         };

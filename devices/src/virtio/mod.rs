@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod buffers;
+pub mod config_space;
 #[cfg(test)]
 mod echo;
 pub mod lane;
@@ -19,6 +20,7 @@ use std::os::fd::RawFd;
 use serde_json::Value;
 
 pub use buffers::Buffers;
+pub use config_space::ConfigSpace;
 pub use lane::{Job, Lane, LaneHost, LaneId};
 pub use queue::{Chain, ChainStorage, Queue, QueueConfig, QueueError, Ring};
 pub use slot::{SlotState, Transport, VirtioSlot};
@@ -111,6 +113,9 @@ pub struct Io<'a> {
     pub irq: &'a dyn Irq,
     /// The io loop.
     pub watch: &'a dyn Watch,
+    /// The configuration space as the driver sees it. A device that changes its own while it serves a queue sets it
+    /// here, before its answer; whether the driver is interrupted for it is up to the device.
+    pub config: &'a ConfigSpace,
     /// The features that the driver accepted.
     pub features: u64,
     /// A queue to be called for again, after the loop has served its other events. A device that leaves work behind
@@ -163,7 +168,8 @@ pub enum UpdateError {
 pub trait VirtioDevice: Send {
     /// Plain facts, the same for the whole life.
     fn info(&self) -> &DeviceInfo;
-    /// The device's configuration space; the slot copies it after creation and after every `update`.
+    /// The device's configuration space; it is shown to the driver after creation and after every `update`, and
+    /// otherwise when the device sets [`Io::config`].
     fn config_space(&self) -> &[u8];
     /// The driver is ready (also called once after a restore): watch own file descriptors.
     fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError>;

@@ -14,8 +14,8 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Blob, DeviceInfo, Io, Irq, Lane, LaneHost, LaneId, Queue, QueueConfig, StateError, UpdateError, Vector,
-    VirtioDevice, Watch, feature,
+    Blob, ConfigSpace, DeviceInfo, Io, Irq, Lane, LaneHost, LaneId, Queue, QueueConfig, StateError,
+    UpdateError, Vector, VirtioDevice, Watch, feature,
 };
 use crate::SharedMemory;
 use crate::bus::BusDevice;
@@ -81,8 +81,7 @@ pub struct VirtioSlot {
     /// What the driver has written.
     pub driver: DriverState,
     info: DeviceInfo,
-    config: Vec<u8>,
-    config_generation: u8,
+    config: Arc<ConfigSpace>,
     broken: Arc<AtomicBool>,
     irq: Arc<dyn Irq>,
     kicks: Vec<Arc<EventFd>>,
@@ -129,8 +128,7 @@ impl VirtioSlot {
                 queues,
             },
             kicks,
-            config: device.config_space().to_vec(),
-            config_generation: 0,
+            config: Arc::new(ConfigSpace::new(device.config_space())),
             broken: Arc::default(),
             half: Half::Idle(device),
             info,
@@ -242,19 +240,12 @@ impl VirtioSlot {
 
     /// Generation of the configuration space (virtio 1.2 §2.5.1).
     pub fn config_generation(&self) -> u8 {
-        self.config_generation
+        self.config.generation()
     }
 
     /// Reads the configuration space; bytes behind its end read as zero.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let Ok(offset) = usize::try_from(offset) else {
-            return;
-        };
-        if let Some(rest) = self.config.get(offset..) {
-            let count = rest.len().min(data.len());
-            data[..count].copy_from_slice(&rest[..count]);
-        }
+        self.config.read(offset, data);
     }
 
     /// Takes the device back from the loop and forgets the driver.
@@ -281,7 +272,7 @@ impl VirtioSlot {
 
     /// Changes the device; the driver is told when its configuration space is another one then.
     pub fn update(&mut self, patch: Value) -> Result<(), UpdateError> {
-        let config = match &mut self.half {
+        let differs = match &mut self.half {
             Half::Idle(device) => {
                 let memory = self.memory.memory();
                 let (irq, features) = (&*self.irq, self.driver.features);
@@ -292,17 +283,16 @@ impl VirtioSlot {
                         queues: &mut [],
                         irq,
                         watch: &NoWatch,
+                        config: &self.config,
                         features,
                         again: None,
                     },
                 )?;
-                device.config_space().to_vec()
+                self.config.set(device.config_space())
             }
             _ => self.on_lane(move |lane, watch| lane.update(patch, watch))?,
         };
-        if config != self.config {
-            self.config = config;
-            self.config_generation = self.config_generation.wrapping_add(1);
+        if differs {
             self.irq.raise(Vector::Config);
         }
         Ok(())
@@ -349,7 +339,7 @@ impl VirtioSlot {
         };
         SlotState {
             driver: self.driver.clone(),
-            config_generation: self.config_generation,
+            config_generation: self.config.generation(),
             needs_reset: self.broken.load(Ordering::Acquire),
             running,
             device,
@@ -386,9 +376,9 @@ impl VirtioSlot {
             return Err(inconsistent("the slot is in use"));
         };
         device.load(state.device)?;
-        self.config = device.config_space().to_vec();
+        self.config
+            .restore(device.config_space(), state.config_generation);
         self.driver = state.driver;
-        self.config_generation = state.config_generation;
         self.broken.store(state.needs_reset, Ordering::Release);
         if let Some(queues) = state.running {
             self.activate(Some(queues));
@@ -430,6 +420,7 @@ impl VirtioSlot {
             kicks: self.kicks.clone(),
             memory: self.memory.clone(),
             irq: Arc::clone(&self.irq),
+            config: Arc::clone(&self.config),
             features: self.driver.features,
             broken: Arc::clone(&self.broken),
             paused,
