@@ -1,5 +1,6 @@
 //! The list of virtio devices: what a config section becomes.
 
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, net, rng};
@@ -13,6 +14,21 @@ pub enum DeviceConfig {
     Net(net::Config),
     /// The entropy device.
     Entropy(rng::Config),
+}
+
+/// All kinds of devices.
+pub const KINDS: [DeviceKind; 3] = [DeviceKind::Block, DeviceKind::Net, DeviceKind::Entropy];
+
+/// The counters of a device that has done nothing, as one JSON object.
+pub fn blank_metrics(kind: DeviceKind) -> Value {
+    fn blank<M: Default + Serialize>() -> Value {
+        serde_json::to_value(M::default()).expect("counters are plain data")
+    }
+    match kind {
+        DeviceKind::Block => blank::<block::Metrics>(),
+        DeviceKind::Net => blank::<net::Metrics>(),
+        DeviceKind::Entropy => blank::<rng::Metrics>(),
+    }
 }
 
 /// Why a device could not be built.
@@ -48,15 +64,6 @@ impl DeviceConfig {
         }
     }
 
-    /// The metrics group of the device's kind.
-    pub fn metrics_group(&self) -> &'static str {
-        match self {
-            Self::Block(_) => "block",
-            Self::Net(_) => "net",
-            Self::Entropy(_) => "entropy",
-        }
-    }
-
     /// Takes in the change of a live device that its `Patch` describes.
     pub fn patch(&mut self, patch: &Value) -> Result<(), UpdateError> {
         match self {
@@ -75,5 +82,23 @@ impl DeviceConfig {
             Self::Net(config) => Box::new(config.build()?),
             Self::Entropy(config) => Box::new(config.build()?),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_has_its_own_name_and_counters_that_are_zero() {
+        let mut names: Vec<_> = KINDS.iter().map(|kind| kind.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), KINDS.len());
+        for kind in KINDS {
+            let blank = blank_metrics(kind);
+            let counters = blank.as_object().unwrap();
+            assert_eq!(counters["activate_fails"], 0, "{kind:?}");
+        }
     }
 }

@@ -14,7 +14,7 @@ use devices::pci::{ConfigPorts, Ecam, PciError, PciSegment};
 use devices::virtio::mmio::{self, MmioVirtio};
 use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
 use devices::virtio::{DeviceKind, LaneHost, Transport, UpdateError, VirtioDevice};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::kvm::{self, KvmError};
 use crate::metrics::add_to_sum;
@@ -214,13 +214,15 @@ impl DeviceSet {
     /// Adds the devices' counters to a metrics line: each by itself, and the sum of its kind.
     pub fn collect_metrics(&self, line: &mut Map<String, Value>) {
         for device in &self.devices {
-            let group = device.config.metrics_group();
-            let counters = device.lock().slot().metrics();
-            if let Value::Object(sum) = line.entry(group).or_insert_with(|| Value::Object(Map::new())) {
-                add_to_sum(sum, &counters);
-            }
-            if !matches!(device.config, DeviceConfig::Entropy(_)) {
-                line.insert(format!("{group}_{}", device.config.id()), counters);
+            let kind = device.config.kind();
+            let (counters, interrupts) = {
+                let mut transport = device.lock();
+                (transport.slot().metrics(), transport.interrupts())
+            };
+            let groups = json!({(kind.name()): &counters, "interrupts": interrupts});
+            add_to_sum(line, &groups);
+            if kind.label().is_some() {
+                line.insert(format!("{}_{}", kind.name(), device.config.id()), counters);
             }
         }
     }

@@ -143,6 +143,7 @@ pub struct Msix {
     vectors: Arc<MsixVectors>,
     router: Arc<dyn MsiRouter>,
     control: u16,
+    routings: u64,
 }
 
 impl Msix {
@@ -155,7 +156,13 @@ impl Msix {
             vectors,
             router,
             control: 0,
+            routings: 0,
         }
+    }
+
+    /// How often a vector was given a new message.
+    pub fn routings(&self) -> u64 {
+        self.routings
     }
 
     /// The capability behind its two header bytes, and its write mask. Table and PBA are in BAR 0.
@@ -257,6 +264,7 @@ impl Msix {
                 return self.routed[vector] = None;
             }
             self.routed[vector] = Some(message);
+            self.routings += 1;
         }
         self.vectors.set_masked(vector, false);
     }

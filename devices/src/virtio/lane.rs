@@ -7,13 +7,14 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::Value;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Blob, ConfigSpace, DeviceError, Io, Irq, Queue, UpdateError, Vector, VirtioDevice, Watch};
+use super::{
+    Blob, ConfigSpace, DeviceError, Health, Histogram, Io, Irq, Queue, UpdateError, VirtioDevice, Watch,
+};
 use crate::SharedMemory;
 
 /// Names a lane on its loop.
@@ -44,7 +45,7 @@ pub struct Lane {
     pub(super) irq: Arc<dyn Irq>,
     pub(super) config: Arc<ConfigSpace>,
     pub(super) features: u64,
-    pub(super) broken: Arc<AtomicBool>,
+    pub(super) health: Arc<Health>,
     pub(super) paused: bool,
     /// The device's own tokens, to be replayed after a pause.
     pub(super) tokens: Vec<u32>,
@@ -144,6 +145,11 @@ impl Lane {
         self.device.metrics()
     }
 
+    /// How long what the device did took.
+    pub fn histograms(&self) -> Vec<(&'static str, Histogram)> {
+        self.device.histograms()
+    }
+
     /// Ends the lane: the device goes back to its slot.
     pub fn into_device(mut self) -> Box<dyn VirtioDevice> {
         self.device.reset();
@@ -155,7 +161,7 @@ impl Lane {
         watch: &dyn Watch,
         work: impl FnOnce(&mut dyn VirtioDevice, &mut Io<'_>) -> Result<(), DeviceError>,
     ) {
-        if self.paused || self.broken.load(Ordering::Relaxed) {
+        if self.paused || self.health.is_broken() {
             return;
         }
         if let Err(error) = self.lend(watch, work) {
@@ -199,14 +205,6 @@ impl Lane {
 
     /// Marks the device as needing a reset (virtio 1.2 §2.1.2); until then it is deaf, so this is logged once.
     fn fail(&self, error: &DeviceError) {
-        let cause = std::error::Error::source(error)
-            .map(|c| format!(": {c}"))
-            .unwrap_or_default();
-        log::warn!(
-            "{:?} device needs a reset by its driver: {error}{cause}",
-            self.device.info().kind
-        );
-        self.broken.store(true, Ordering::Release);
-        self.irq.raise(Vector::Config);
+        self.health.fail(self.device.info().kind, error, &*self.irq);
     }
 }

@@ -5,7 +5,9 @@ pub mod buffers;
 pub mod config_space;
 #[cfg(test)]
 mod echo;
+mod health;
 pub mod lane;
+pub mod latency;
 pub mod mmio;
 pub mod net;
 pub mod pci;
@@ -17,11 +19,14 @@ pub mod state;
 use std::io;
 use std::os::fd::RawFd;
 
+use serde::Serialize;
 use serde_json::Value;
 
 pub use buffers::Buffers;
 pub use config_space::ConfigSpace;
+pub use health::{Health, Report};
 pub use lane::{Job, Lane, LaneHost, LaneId};
+pub use latency::{Histogram, Latency};
 pub use queue::{Chain, ChainStorage, Queue, QueueConfig, QueueError, Ring};
 pub use slot::{SlotState, Transport, VirtioSlot};
 pub use state::{Blob, StateError};
@@ -58,6 +63,24 @@ impl DeviceKind {
         self as u16
     }
 
+    /// The name in metrics and events.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceKind::Net => "net",
+            DeviceKind::Block => "block",
+            DeviceKind::Entropy => "entropy",
+        }
+    }
+
+    /// What distinguishes the devices of this kind; none for a kind of which a machine has one.
+    pub fn label(self) -> Option<&'static str> {
+        match self {
+            DeviceKind::Net => Some("iface"),
+            DeviceKind::Block => Some("drive"),
+            DeviceKind::Entropy => None,
+        }
+    }
+
     /// PCI class code (base class, sub-class) under which operating systems list the device.
     pub fn pci_class(self) -> (u8, u8) {
         match self {
@@ -92,6 +115,15 @@ pub enum Vector {
 pub trait Irq: Send + Sync {
     /// Tells the driver.
     fn raise(&self, vector: Vector);
+}
+
+/// A device's interrupts, counted since its creation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct InterruptMetrics {
+    /// Interrupts raised, those included that the driver has masked.
+    pub triggers: u64,
+    /// Changes of where an interrupt goes.
+    pub config_updates: u64,
 }
 
 /// Registers a device's own file descriptors with the io loop that runs it.
@@ -197,4 +229,8 @@ pub trait VirtioDevice: Send {
     }
     /// The counters since creation, as one JSON object.
     fn metrics(&self) -> Value;
+    /// How long what it did took, by name.
+    fn histograms(&self) -> Vec<(&'static str, Histogram)> {
+        Vec::new()
+    }
 }

@@ -10,8 +10,8 @@ use super::file::Image;
 use super::request::{Limits, Request, SERIAL, Status};
 use super::{CacheType, Config, Metrics, OpenError, Patch, SECTOR};
 use crate::virtio::{
-    Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, Ring, StateError,
-    UpdateError, Vector, VirtioDevice, feature,
+    Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, Ring,
+    StateError, UpdateError, Vector, VirtioDevice, feature,
 };
 
 /// Feature bits (virtio 1.2 §5.2.3).
@@ -201,6 +201,7 @@ impl Block {
             }
             Request::Flush => {
                 metrics.flush_count += 1;
+                metrics.flush_agg.record(time);
                 0
             }
             Request::GetId => bytes,
@@ -307,6 +308,15 @@ impl VirtioDevice for Block {
 
     fn metrics(&self) -> Value {
         serde_json::to_value(&self.metrics).expect("counters are plain data")
+    }
+
+    fn histograms(&self) -> Vec<(&'static str, Histogram)> {
+        let metrics = &self.metrics;
+        vec![
+            ("read", metrics.read_agg.spread),
+            ("write", metrics.write_agg.spread),
+            ("flush", metrics.flush_agg.spread),
+        ]
     }
 }
 

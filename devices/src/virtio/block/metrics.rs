@@ -1,8 +1,8 @@
 //! The counters of a drive, under the names that Firecracker's metrics have.
 
-use std::time::Duration;
+use serde::Serialize;
 
-use serde::{Serialize, Serializer};
+use crate::virtio::Latency;
 
 /// Counters since the creation of the device.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -47,36 +47,7 @@ pub struct Metrics {
     pub read_agg: Latency,
     /// How long writes took.
     pub write_agg: Latency,
-}
-
-/// Shortest, longest and total time of an operation. Kept in nanoseconds, printed in microseconds.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Latency {
-    /// Shortest, in ns; zero when there was none.
-    #[serde(rename = "min_us", serialize_with = "as_micros")]
-    pub min_ns: u64,
-    /// Longest, in ns.
-    #[serde(rename = "max_us", serialize_with = "as_micros")]
-    pub max_ns: u64,
-    /// All together, in ns.
-    #[serde(rename = "sum_us", serialize_with = "as_micros")]
-    pub sum_ns: u64,
-}
-
-impl Latency {
-    /// Counts one operation.
-    pub fn record(&mut self, time: Duration) {
-        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        self.min_ns = if self.sum_ns == 0 { ns } else { self.min_ns.min(ns) };
-        self.max_ns = self.max_ns.max(ns);
-        self.sum_ns = self.sum_ns.saturating_add(ns);
-    }
-}
-
-#[allow(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "serde passes fields by reference"
-)]
-fn as_micros<S: Serializer>(ns: &u64, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_u64(ns / 1000)
+    /// How long flushes took.
+    #[serde(skip)]
+    pub flush_agg: Latency,
 }

@@ -16,7 +16,7 @@ mod request;
 pub use config::{CacheType, Config, ConfigError, IoEngine, Patch};
 pub use device::Block;
 pub use file::OpenError;
-pub use metrics::{Latency, Metrics};
+pub use metrics::Metrics;
 
 /// Bytes in a sector, the unit of every size and position in the protocol (virtio 1.2 §5.2.4).
 pub const SECTOR: u64 = 512;

@@ -6,14 +6,14 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::QueueConfig;
 use super::slot::{SlotState, Transport, VirtioSlot};
-use super::{Irq, LaneHost, StateError, Vector, VirtioDevice};
+use super::{InterruptMetrics, Irq, LaneHost, StateError, Vector, VirtioDevice};
 use crate::SharedMemory;
 use crate::bus::BusDevice;
 
@@ -73,10 +73,13 @@ pub struct State {
 struct MmioIrq {
     status: AtomicU32,
     irqfd: EventFd,
+    /// Interrupts raised; loose order, as it is only counted.
+    triggers: AtomicU64,
 }
 
 impl Irq for MmioIrq {
     fn raise(&self, vector: Vector) {
+        self.triggers.fetch_add(1, Ordering::Relaxed);
         let bit = match vector {
             Vector::Config => interrupt::CONFIG,
             Vector::Queue(_) => interrupt::QUEUE,
@@ -103,6 +106,7 @@ impl MmioVirtio {
         let irq = Arc::new(MmioIrq {
             status: AtomicU32::new(0),
             irqfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            triggers: AtomicU64::new(0),
         });
         Ok(Self {
             slot: VirtioSlot::new(device, Arc::clone(&irq) as Arc<dyn Irq>, memory, host)?,
@@ -214,6 +218,13 @@ fn saturate(value: u32) -> u16 {
 impl Transport for MmioVirtio {
     fn slot(&mut self) -> &mut VirtioSlot {
         &mut self.slot
+    }
+
+    fn interrupts(&self) -> InterruptMetrics {
+        InterruptMetrics {
+            triggers: self.irq.triggers.load(Ordering::Relaxed),
+            config_updates: 0,
+        }
     }
 }
 

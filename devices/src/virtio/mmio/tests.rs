@@ -162,6 +162,17 @@ fn tells_of_a_new_configuration_space() {
 }
 
 #[test]
+fn counts_its_interrupts() {
+    let mut setup = setup();
+    setup.device.slot().update(json!("fresh")).unwrap();
+    let counted = InterruptMetrics {
+        triggers: 1,
+        config_updates: 0,
+    };
+    assert_eq!(setup.device.interrupts(), counted);
+}
+
+#[test]
 fn has_no_queue_behind_the_last_and_no_shared_memory() {
     let mut setup = setup();
     setup.set(0x30, 0x1_0000);

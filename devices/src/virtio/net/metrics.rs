@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::virtio::Latency;
+
 /// Counters, named as Firecracker names them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Metrics {
@@ -55,17 +57,10 @@ pub struct Metrics {
     pub tx_spoofed_mac_count: u64,
     /// Frames that had to wait for the next turn of the io loop.
     pub tx_remaining_reqs_count: u64,
-    /// Time of the writes. Not measured: reading the clock for each frame would cost more than it tells.
+    /// How long runs of the transmit queue took that wrote frames to the tap. Not each write: reading the clock for
+    /// each frame would cost more than it tells.
     pub tap_write_agg: Latency,
-}
-
-/// Durations in microseconds.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Latency {
-    /// The shortest.
-    pub min_us: u64,
-    /// The longest.
-    pub max_us: u64,
-    /// All together.
-    pub sum_us: u64,
+    /// How long runs of the receive queue took that moved frames.
+    #[serde(skip)]
+    pub rx_agg: Latency,
 }

@@ -17,20 +17,21 @@ mod tx;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use backend::{Backend, HEADER_LEN, MAX_FRAME_LEN};
 pub use config::{Config, ConfigError, InvalidMac, MIN_MTU, MacAddr, Patch};
-pub use metrics::{Latency, Metrics};
+pub use metrics::Metrics;
 pub use tap::{OpenError, Tap};
 
 use self::rx::Rx;
 use self::tx::Tx;
 use super::{
-    Blob, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, StateError, UpdateError, Vector, VirtioDevice,
-    feature as virtio,
+    Blob, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, StateError, UpdateError, Vector,
+    VirtioDevice, feature as virtio,
 };
 
 /// Index of the queue for what the guest receives.
@@ -140,7 +141,11 @@ impl<B: Backend> Net<B> {
             fd: self.backend.as_fd(),
             iface_id: &self.iface_id,
         };
+        let (start, sent) = (Instant::now(), self.metrics.tx_count);
         let progress = self.tx.drain(&wire, &mut ring, &mut self.metrics)?;
+        if self.metrics.tx_count != sent {
+            self.metrics.tap_write_agg.record(start.elapsed());
+        }
         if ring.needs_interrupt() {
             io.irq.raise(Vector::Queue(TX));
         }
@@ -161,7 +166,11 @@ impl<B: Backend> Net<B> {
             fd: self.backend.as_fd(),
             iface_id: &self.iface_id,
         };
+        let (start, received) = (Instant::now(), self.metrics.rx_count);
         let progress = self.rx.drain(&wire, &mut ring, &mut self.metrics)?;
+        if self.metrics.rx_count != received {
+            self.metrics.rx_agg.record(start.elapsed());
+        }
         if ring.needs_interrupt() {
             io.irq.raise(Vector::Queue(RX));
         }
@@ -231,6 +240,13 @@ impl<B: Backend> VirtioDevice for Net<B> {
 
     fn metrics(&self) -> Value {
         serde_json::to_value(&self.metrics).expect("counters are plain data")
+    }
+
+    fn histograms(&self) -> Vec<(&'static str, Histogram)> {
+        vec![
+            ("rx_batch", self.metrics.rx_agg.spread),
+            ("tx_batch", self.metrics.tap_write_agg.spread),
+        ]
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -34,10 +34,13 @@ pub(super) struct PciIrq {
     config_vector: AtomicU16,
     queue_vectors: Box<[AtomicU16]>,
     vector_count: u16,
+    /// Interrupts raised; loose order, as it is only counted.
+    pub(super) triggers: AtomicU64,
 }
 
 impl Irq for PciIrq {
     fn raise(&self, vector: Vector) {
+        self.triggers.fetch_add(1, Ordering::Relaxed);
         let (mapping, bit) = match vector {
             Vector::Config => (Some(&self.config_vector), isr::CONFIG),
             Vector::Queue(queue) => (self.queue_vectors.get(usize::from(queue)), isr::QUEUE),
@@ -63,6 +66,7 @@ impl PciIrq {
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             vector_count,
+            triggers: AtomicU64::new(0),
         })
     }
 

@@ -16,12 +16,13 @@ mod irq;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::slot::{SlotState, Transport, VirtioSlot};
-use super::{DeviceInfo, Irq, LaneHost, StateError, VirtioDevice};
+use super::{DeviceInfo, InterruptMetrics, Irq, LaneHost, StateError, VirtioDevice};
 use crate::SharedMemory;
 use crate::bus::BusDevice;
 use crate::pci::config_space::{self, ConfigSpace, Identity, command};
@@ -249,6 +250,13 @@ fn low(value: u64) -> u32 {
 impl Transport for PciVirtio {
     fn slot(&mut self) -> &mut VirtioSlot {
         &mut self.slot
+    }
+
+    fn interrupts(&self) -> InterruptMetrics {
+        InterruptMetrics {
+            triggers: self.irq.triggers.load(Ordering::Relaxed),
+            config_updates: self.msix.routings(),
+        }
     }
 }
 

@@ -5,7 +5,6 @@
 //! [`Lane`] on an io loop; a reset brings the device back. vCPU threads and the control thread use it under the
 //! transport's lock; the io loop never does, so waiting for the loop while holding that lock is safe.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
 use serde::{Deserialize, Serialize};
@@ -14,8 +13,8 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Blob, ConfigSpace, DeviceInfo, Io, Irq, Lane, LaneHost, LaneId, Queue, QueueConfig, StateError,
-    UpdateError, Vector, VirtioDevice, Watch, feature,
+    Blob, ConfigSpace, DeviceInfo, Health, Histogram, InterruptMetrics, Io, Irq, Lane, LaneHost, LaneId,
+    Queue, QueueConfig, Report, StateError, UpdateError, Vector, VirtioDevice, Watch, feature,
 };
 use crate::SharedMemory;
 use crate::bus::BusDevice;
@@ -40,6 +39,8 @@ pub mod status {
 pub trait Transport: BusDevice {
     /// The slot behind the registers.
     fn slot(&mut self) -> &mut VirtioSlot;
+    /// The device's interrupts so far.
+    fn interrupts(&self) -> InterruptMetrics;
 }
 
 /// What the driver has written, as registers hold it.
@@ -82,7 +83,7 @@ pub struct VirtioSlot {
     pub driver: DriverState,
     info: DeviceInfo,
     config: Arc<ConfigSpace>,
-    broken: Arc<AtomicBool>,
+    health: Arc<Health>,
     irq: Arc<dyn Irq>,
     kicks: Vec<Arc<EventFd>>,
     memory: SharedMemory,
@@ -129,13 +130,18 @@ impl VirtioSlot {
             },
             kicks,
             config: Arc::new(ConfigSpace::new(device.config_space())),
-            broken: Arc::default(),
+            health: Arc::default(),
             half: Half::Idle(device),
             info,
             irq,
             memory,
             host,
         })
+    }
+
+    /// Tells `report` from now on when the device comes to need a reset; only the first call has an effect.
+    pub fn report_to(&self, report: Report) {
+        self.health.report_to(report);
     }
 
     /// Facts about the device.
@@ -208,8 +214,12 @@ impl VirtioSlot {
 
     /// The device status, with NEEDS_RESET when the device met an error.
     pub fn status(&self) -> u8 {
-        let broken = self.broken.load(Ordering::Acquire);
-        self.driver.status | if broken { status::NEEDS_RESET } else { 0 }
+        self.driver.status
+            | if self.health.is_broken() {
+                status::NEEDS_RESET
+            } else {
+                0
+            }
     }
 
     /// Advances the status machine (virtio 1.2 §3.1.1). Zero resets; a bit once set stays set until then.
@@ -254,7 +264,7 @@ impl VirtioSlot {
             Half::Running(id) => Half::Idle(self.host.detach(id).into_device()),
             idle => idle,
         };
-        self.broken.store(false, Ordering::Release);
+        self.health.set_broken(false);
         self.driver = DriverState {
             device_features_select: 0,
             driver_features_select: 0,
@@ -314,6 +324,14 @@ impl VirtioSlot {
         }
     }
 
+    /// How long what the device did took.
+    pub fn histograms(&self) -> Vec<(&'static str, Histogram)> {
+        match &self.half {
+            Half::Idle(device) => device.histograms(),
+            _ => self.on_lane(|lane, _| lane.histograms()),
+        }
+    }
+
     /// Lets the device finish what is in flight and hold events back. The vCPUs have stopped before.
     pub fn pause(&self) {
         if let Half::Running(_) = self.half {
@@ -340,7 +358,7 @@ impl VirtioSlot {
         SlotState {
             driver: self.driver.clone(),
             config_generation: self.config.generation(),
-            needs_reset: self.broken.load(Ordering::Acquire),
+            needs_reset: self.health.is_broken(),
             running,
             device,
         }
@@ -379,7 +397,7 @@ impl VirtioSlot {
         self.config
             .restore(device.config_space(), state.config_generation);
         self.driver = state.driver;
-        self.broken.store(state.needs_reset, Ordering::Release);
+        self.health.set_broken(state.needs_reset);
         if let Some(queues) = state.running {
             self.activate(Some(queues));
         }
@@ -406,9 +424,7 @@ impl VirtioSlot {
         let queues = match restored.map_or_else(make, Ok::<Vec<Queue>, super::QueueError>) {
             Ok(queues) => queues,
             Err(error) => {
-                log::warn!("{:?} device needs a reset by its driver: {error}", self.info.kind);
-                self.broken.store(true, Ordering::Release);
-                return self.irq.raise(Vector::Config);
+                return self.health.fail(self.info.kind, &error, &*self.irq);
             }
         };
         let Half::Idle(device) = std::mem::replace(&mut self.half, Half::Moving) else {
@@ -422,7 +438,7 @@ impl VirtioSlot {
             irq: Arc::clone(&self.irq),
             config: Arc::clone(&self.config),
             features: self.driver.features,
-            broken: Arc::clone(&self.broken),
+            health: Arc::clone(&self.health),
             paused,
             tokens: Vec::new(),
         };

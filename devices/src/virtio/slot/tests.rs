@@ -1,5 +1,6 @@
 use serde_json::json;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::testing::{Driver, Inline, Recorder, memory, readable, recorder, writable};
@@ -165,6 +166,31 @@ fn needs_a_reset_when_the_driver_breaks_a_running_queue() {
     assert_eq!(setup.irq.config.load(Ordering::Relaxed), 1);
     start_again(&mut setup);
     assert_eq!(setup.slot.status(), READY);
+}
+
+#[test]
+fn reports_why_a_device_needs_a_reset_once_until_the_reset() {
+    let mut setup = setup();
+    let reasons = Arc::<Mutex<Vec<String>>>::default();
+    let seen = Arc::clone(&reasons);
+    setup
+        .slot
+        .report_to(Box::new(move |reason| seen.lock().unwrap().push(reason.into())));
+    let memory = setup.memory.memory();
+    for _ in 0..2 {
+        start(&mut setup);
+        Driver::new(&memory, RING, QUEUE_SIZE).set_avail_index(100);
+        setup.host.event(0);
+        setup.host.event(0);
+        setup.slot.set_status(0);
+        Driver::new(&memory, RING, QUEUE_SIZE).set_avail_index(0);
+    }
+    let reasons = reasons.lock().unwrap();
+    assert_eq!(reasons.len(), 2, "{reasons:?}");
+    assert!(
+        reasons[0].starts_with("the driver broke the virtqueue protocol: "),
+        "{reasons:?}"
+    );
 }
 
 fn start_again(setup: &mut Setup) {

@@ -310,4 +310,11 @@ fn counts_bytes_requests_and_times() {
     assert_eq!(metrics["no_avail_buffer"], 1);
     assert_eq!(metrics["queue_event_count"], 3);
     assert_eq!(metrics["read_agg"]["min_us"], metrics["read_agg"]["sum_us"]);
+    assert!(metrics.get("flush_agg").is_none());
+    let counts: Vec<_> = device
+        .histograms()
+        .iter()
+        .map(|(name, spread)| (*name, spread.count()))
+        .collect();
+    assert_eq!(counts, [("read", 1), ("write", 1), ("flush", 0)]);
 }

@@ -90,6 +90,28 @@ fn names_its_counters_as_clients_expect() {
     let metrics = net("").metrics();
     assert_eq!(metrics.as_object().unwrap().len(), 26);
     assert_eq!(metrics["tap_write_agg"]["sum_us"], 0);
+    assert_eq!(crate::catalog::blank_metrics(DeviceKind::Net), metrics);
+}
+
+#[test]
+fn times_runs_that_moved_frames_and_no_others() {
+    let mem = ram();
+    let mut guest = Guest::new(&mem, 8);
+    guest.offer_rx(0, 2, 1536);
+    guest.kick_tx();
+    guest.tap_event();
+    guest.wire.send(&frame(100, 1)).unwrap();
+    guest.wire.send(&frame(100, 2)).unwrap();
+    guest.tap_event();
+    guest.tx.offer(&[crate::testing::readable(BUFFERS, 100)]);
+    guest.kick_tx();
+    let counts: Vec<_> = guest
+        .net
+        .histograms()
+        .iter()
+        .map(|(name, spread)| (*name, spread.count()))
+        .collect();
+    assert_eq!(counts, [("rx_batch", 1), ("tx_batch", 1)]);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::feature::{GUEST_CSUM, GUEST_TSO4, MRG_RXBUF};
 use super::{Backend, Config, HEADER_LEN, Net, RX, TX};
 use crate::GuestMemory;
 use crate::testing::{self, Driver, Recorder, memory, writable};
-use crate::virtio::{DeviceError, Queue, VirtioDevice};
+use crate::virtio::{DeviceError, DeviceKind, Queue, VirtioDevice};
 
 /// Where the guest's buffers start; the rings lie below.
 const BUFFERS: u64 = 0x10_0000;

@@ -108,3 +108,18 @@ fn routes_every_vector_once() {
         }
     );
 }
+
+#[test]
+fn counts_interrupts_sent_or_held_back_and_new_routes() {
+    let guest = Guest::new();
+    guest.enable_msix();
+    guest.enable_msix();
+    raise(&guest, Vector::Queue(0));
+    guest.set(TABLE_OFFSET + 16 + 12, &[1, 0, 0, 0]);
+    raise(&guest, Vector::Queue(0));
+    let counted = InterruptMetrics {
+        triggers: 2,
+        config_updates: 3,
+    };
+    assert_eq!(guest.function.lock().unwrap().interrupts(), counted);
+}
