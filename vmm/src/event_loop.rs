@@ -15,6 +15,8 @@ use devices::virtio::{Job, Lane, LaneHost, LaneId, Watch};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::logger::{self, FATAL};
+
 /// The lane id that no lane has: its events are messages.
 const MESSAGES: LaneId = LaneId::MAX;
 /// Events taken per `epoll_wait`.
@@ -48,7 +50,10 @@ impl IoLoop {
             next: 0,
         };
         let builder = thread::Builder::new().name(name.into()).stack_size(256 << 10);
-        let thread = Some(builder.spawn(move || worker.work())?);
+        let thread = Some(builder.spawn(move || {
+            logger::limit_this_thread();
+            worker.work();
+        })?);
         Ok(Self {
             messages,
             wake,
@@ -113,7 +118,7 @@ impl Worker {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     // Nothing the guest does leads here: the descriptor is ours and the buffer is valid.
-                    log::error!("an io loop cannot wait for events: {error}");
+                    log::error!(target: FATAL, "an io loop cannot wait for events: {error}");
                     std::process::abort();
                 }
             };
