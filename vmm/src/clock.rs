@@ -7,6 +7,11 @@ pub fn now_us() -> u64 {
     read(libc::CLOCK_MONOTONIC)
 }
 
+/// The time since 1970-01-01 00:00:00 UTC.
+pub fn unix_us() -> u64 {
+    read(libc::CLOCK_REALTIME)
+}
+
 /// Monotonic time since `start`, zero when there is none.
 pub fn since_us(start: Option<u64>) -> u64 {
     start.map_or(0, |start| now_us().saturating_sub(start))

@@ -8,12 +8,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
-use api_server::Responder;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::api::{self, Action};
+use crate::api::{self, Action, Call};
 use crate::controller::Controller;
 use crate::signals::Termination;
 use crate::terminal;
@@ -27,9 +26,7 @@ pub struct Request {
     /// What to do.
     pub action: Action,
     /// Whom to answer.
-    pub responder: Responder,
-    /// The answer carries `Deprecation: true`.
-    pub deprecated: bool,
+    pub call: Call,
 }
 
 /// The sending end of the control thread's inbox.
@@ -186,19 +183,8 @@ impl ControlLoop {
 
     fn serve_requests(&mut self) {
         let _ = self.wake.read();
-        while let Ok(Request {
-            action,
-            responder,
-            deprecated,
-        }) = self.requests.try_recv()
-        {
-            let response = api::response(self.controller.handle(action));
-            log_response(&response);
-            responder.send(if deprecated {
-                response.deprecated()
-            } else {
-                response
-            });
+        while let Ok(Request { action, call }) = self.requests.try_recv() {
+            call.answer(api::response(self.controller.handle(action)));
         }
     }
 
@@ -305,17 +291,5 @@ impl ControlLoop {
     fn finish(&mut self) {
         self.write_metrics();
         terminal::restore();
-    }
-}
-
-/// Logs an answer as operators know it.
-pub fn log_response(response: &api_server::Response) {
-    match response.status() {
-        200 => log::info!("The request was executed successfully. Status code: 200 OK."),
-        204 => log::info!("The request was executed successfully. Status code: 204 No Content."),
-        status => {
-            let body = String::from_utf8_lossy(response.body().unwrap_or_default());
-            log::error!("Received Error. Status code: {status} Bad Request. Message: {body}");
-        }
     }
 }

@@ -8,14 +8,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use api_server::{Request, Responder, Server, ServerConfig, SocketFile, Stopper};
-use vmm::api;
+use vmm::api::{self, Call, RequestMetrics};
 use vmm::args::{self, Args, ArgsError, Command};
 use vmm::config::{self, MetricsConfig};
 use vmm::control_loop::{self, ControlLoop, Exit, Inbox};
 use vmm::controller::{self, Controller, Instance};
 use vmm::error::chain;
 use vmm::logger::LOGGER;
-use vmm::metrics::RequestMetrics;
 use vmm::signals::{self, Termination};
 use vmm::vm::Settings;
 
@@ -49,7 +48,9 @@ fn main() -> ExitCode {
             });
         }
     };
-    match run(&args) {
+    let exit = run(&args);
+    log::logger().flush();
+    match exit {
         Ok(Exit::Code(code)) => {
             log::info!(
                 "Mayfly exiting {}. exit_code={code}",
@@ -77,6 +78,7 @@ type Fatal = Box<dyn std::error::Error>;
 fn run(args: &Args) -> Result<Exit, Fatal> {
     LOGGER.install(&args.id);
     controller::configure_logger(&args.logger)?;
+    signals::on_panic();
     let termination = signals::install()?;
     vmm::kvm::install_kick_handler()?;
     log::info!("Running Mayfly v{}", env!("CARGO_PKG_VERSION"));
@@ -123,8 +125,10 @@ fn control_loop(
         requests,
     );
     if let Some(path) = &args.metrics_path {
-        controller.set_metrics(&MetricsConfig {
+        controller.set_metrics(MetricsConfig {
             metrics_path: path.clone(),
+            emit_id: false,
+            properties: None,
         })?;
     }
     Ok(ControlLoop::new(controller, termination)?)
@@ -167,20 +171,13 @@ impl Drop for Api {
 /// Starts the `api` thread: it parses requests and hands actions to the control thread.
 fn serve(mut server: Server, inbox: Inbox, metrics: Arc<RequestMetrics>) -> io::Result<JoinHandle<()>> {
     let mut handler = move |request: Request, responder: Responder| {
-        log_request(&request);
-        match api::route(&request, &metrics) {
+        let call = Call::begin(&request, responder, &metrics);
+        match api::route(&request) {
             Ok(api::Routed { action, deprecated }) => {
-                inbox.send(control_loop::Request {
-                    action,
-                    responder,
-                    deprecated,
-                });
+                let call = call.deprecated(deprecated);
+                inbox.send(control_loop::Request { action, call });
             }
-            Err(error) => {
-                let response = api_server::Response::fault(400, &error.to_string());
-                control_loop::log_response(&response);
-                responder.send(response);
-            }
+            Err(error) => call.answer(api_server::Response::fault(400, &error.to_string())),
         }
     };
     let work = move || {
@@ -192,24 +189,4 @@ fn serve(mut server: Server, inbox: Inbox, metrics: Arc<RequestMetrics>) -> io::
         .name("api".into())
         .stack_size(256 << 10)
         .spawn(work)
-}
-
-fn log_request(request: &Request) {
-    if !log::log_enabled!(log::Level::Info) {
-        return;
-    }
-    let method = match request.method {
-        api_server::Method::Get => "Get",
-        api_server::Method::Put => "Put",
-        api_server::Method::Patch => "Patch",
-        api_server::Method::Delete => "Delete",
-    };
-    let path = &request.path;
-    match &request.body {
-        Some(body) => {
-            let body = String::from_utf8_lossy(body);
-            log::info!("The API server received a {method} request on {path:?} with body {body:?}.");
-        }
-        None => log::info!("The API server received a {method} request on {path:?}."),
-    }
 }

@@ -14,17 +14,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::register_signal_handler;
 
+use crate::metrics::last_words;
 use crate::terminal;
 
-/// Signals that end the process, with its exit code.
-const FATAL: [(c_int, c_int); 7] = [
-    (libc::SIGSYS, 148),
-    (libc::SIGBUS, 149),
-    (libc::SIGSEGV, 150),
-    (libc::SIGXFSZ, 151),
-    (libc::SIGXCPU, 154),
-    (libc::SIGHUP, 156),
-    (libc::SIGILL, 157),
+/// Signals that end the process, with its exit code and the name of their counter.
+const FATAL: [(c_int, c_int, &str); 7] = [
+    (libc::SIGSYS, 148, "num_faults"),
+    (libc::SIGBUS, 149, "sigbus"),
+    (libc::SIGSEGV, 150, "sigsegv"),
+    (libc::SIGXFSZ, 151, "sigxfsz"),
+    (libc::SIGXCPU, 154, "sigxcpu"),
+    (libc::SIGHUP, 156, "sighup"),
+    (libc::SIGILL, 157, "sigill"),
 ];
 
 static PIPES: AtomicU64 = AtomicU64::new(0);
@@ -45,11 +46,12 @@ pub fn remove_on_fault(socket: &Path) {
 }
 
 extern "C" fn on_fatal(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    let code = FATAL
-        .iter()
-        .find(|(known, _)| *known == signal)
-        .map_or(2, |(_, code)| *code);
+    let (_, code, counter) = FATAL
+        .into_iter()
+        .find(|(known, _, _)| *known == signal)
+        .unwrap_or((signal, 2, ""));
     terminal::restore();
+    last_words::write(counter);
     let mut text = *b"mayfly: shutting down after signal   \n";
     let digits = u8::try_from(signal).unwrap_or(0);
     text[35] = b'0' + digits / 10 % 10;
@@ -58,11 +60,29 @@ extern "C" fn on_fatal(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     // of the given length, and to a string that ends with zero.
     unsafe {
         libc::write(2, text.as_ptr().cast(), text.len());
-        if let Some(path) = SOCKET.get() {
-            libc::unlink(path.as_ptr());
-        }
+        remove_socket();
         libc::_exit(code);
     }
+}
+
+/// Removes the API socket on a way out that passes by its owner. Async-signal-safe.
+fn remove_socket() {
+    if let Some(path) = SOCKET.get() {
+        // SAFETY: needed because the standard library's call takes memory. The path ends with zero.
+        unsafe { libc::unlink(path.as_ptr()) };
+    }
+}
+
+/// Makes a panic, which ends the process, leave a line in the log and in the metrics, and nothing else behind.
+pub fn on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        terminal::restore();
+        print(panic);
+        log::error!(target: crate::logger::FATAL, "Mayfly has panicked: {panic}");
+        last_words::write("panic_count");
+        remove_socket();
+    }));
 }
 
 extern "C" fn on_pipe(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
@@ -72,7 +92,7 @@ extern "C" fn on_pipe(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
 /// Installs all handlers. Called before the first thread is started, so that all threads inherit the mask.
 pub fn install() -> io::Result<Termination> {
     let failed = |error: vmm_sys_util::errno::Error| io::Error::from_raw_os_error(error.errno());
-    for (signal, _) in FATAL {
+    for (signal, _, _) in FATAL {
         register_signal_handler(signal, on_fatal).map_err(failed)?;
     }
     register_signal_handler(libc::SIGPIPE, on_pipe).map_err(failed)?;

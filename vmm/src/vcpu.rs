@@ -14,7 +14,9 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::{self, ImmediateExit};
+use crate::logger::{self, FATAL};
 use crate::metrics::VcpuMetrics;
+use crate::x86_64::tsc;
 
 /// Why a vCPU stopped the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +33,6 @@ pub struct VcpuShared {
     pub pio: Arc<Bus>,
     /// Memory-mapped I/O.
     pub mmio: Arc<Bus>,
-    /// Counters.
-    pub metrics: Arc<VcpuMetrics>,
     /// Signalled when a vCPU ends the machine.
     pub ended: EventFd,
     /// Why, set before the signal.
@@ -65,6 +65,7 @@ struct GateState {
 /// The control thread's end of a vCPU.
 pub struct VcpuHandle {
     gate: Arc<Gate>,
+    metrics: Arc<VcpuMetrics>,
     exit: ImmediateExit,
     /// Gives the vCPU back when joined: until then the memory that `exit` points to stays mapped.
     thread: Option<JoinHandle<VcpuFd>>,
@@ -77,21 +78,32 @@ impl VcpuHandle {
             wish: AtomicU8::new(Wish::Pause as u8),
             ..Gate::default()
         });
+        let metrics = Arc::<VcpuMetrics>::default();
         let runner = Runner {
             id,
             vcpu,
             gate: Arc::clone(&gate),
+            metrics: Arc::clone(&metrics),
             shared,
         };
         let builder = thread::Builder::new()
             .name(format!("vcpu {id}"))
             .stack_size(256 << 10);
-        let thread = builder.spawn(move || runner.work())?;
+        let thread = builder.spawn(move || {
+            logger::limit_this_thread();
+            runner.work()
+        })?;
         Ok(Self {
             gate,
+            metrics,
             exit,
             thread: Some(thread),
         })
+    }
+
+    /// Its counters.
+    pub fn metrics(&self) -> &VcpuMetrics {
+        &self.metrics
     }
 
     /// Asks the vCPU to leave guest code and park. Returns at once; see [`VcpuHandle::wait_parked`].
@@ -158,6 +170,7 @@ struct Runner {
     id: u8,
     vcpu: VcpuFd,
     gate: Arc<Gate>,
+    metrics: Arc<VcpuMetrics>,
     shared: Arc<VcpuShared>,
 }
 
@@ -186,7 +199,7 @@ impl Runner {
     fn park(&mut self) {
         // The guest must not take the pause for a soft lockup. Guests without kvmclock refuse this, rightly.
         if self.vcpu.kvmclock_ctrl().is_err() {
-            VcpuMetrics::count(&self.shared.metrics.kvmclock_ctrl_fails);
+            self.metrics.kvmclock_ctrl_fails.add(1);
         }
         let gate = Arc::clone(&self.gate);
         let mut state = gate.lock();
@@ -234,23 +247,25 @@ impl Runner {
 
     /// Runs guest code up to one exit.
     fn run(&mut self) -> Option<Ended> {
-        let (shared, metrics) = (&self.shared, &self.shared.metrics);
-        match self.vcpu.run() {
+        let (shared, metrics) = (&self.shared, &self.metrics);
+        let exit = self.vcpu.run();
+        let start = tsc();
+        match exit {
             Ok(VcpuExit::IoIn(port, data)) => {
-                VcpuMetrics::count(&metrics.exit_io_in);
                 shared.pio.read(u64::from(port), data);
+                metrics.exit_io_in.record(start);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                VcpuMetrics::count(&metrics.exit_io_out);
                 shared.pio.write(u64::from(port), data);
+                metrics.exit_io_out.record(start);
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
-                VcpuMetrics::count(&metrics.exit_mmio_read);
                 shared.mmio.read(address, data);
+                metrics.exit_mmio_read.record(start);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                VcpuMetrics::count(&metrics.exit_mmio_write);
                 shared.mmio.write(address, data);
+                metrics.exit_mmio_write.record(start);
             }
             // With the in-kernel interrupt controller these ask for nothing.
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {}
@@ -274,8 +289,8 @@ impl Runner {
     }
 
     fn failed(&self, what: &str) -> Ended {
-        VcpuMetrics::count(&self.shared.metrics.failures);
-        log::error!("vCPU {} cannot go on: {what}", self.id);
+        self.metrics.failures.add(1);
+        log::error!(target: FATAL, "vCPU {} cannot go on: {what}", self.id);
         Ended::Failed
     }
 }

@@ -8,7 +8,7 @@ use devices::SharedMemory;
 use devices::bus::{Bus, BusError};
 use devices::legacy::i8042::CtrlAltDelError;
 use devices::virtio::DeviceKind;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -19,8 +19,9 @@ use crate::event_loop::IoLoop;
 use crate::kvm::{self, KvmError};
 use crate::legacy::{Legacy, LegacyError};
 use crate::memory::{self, MemoryError};
-use crate::metrics::VcpuMetrics;
+use crate::metrics::{TickRate, add_to_sum};
 use crate::vcpu::{Ended, VcpuHandle, VcpuShared};
+use crate::x86_64::tsc;
 
 /// Why a machine cannot be built, or cannot do what it is asked.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +95,7 @@ pub struct Vm {
     legacy: Legacy,
     kvm: Arc<kvm::Vm>,
     pause: Option<Pause>,
+    ticks: TickRate,
     config: VmConfig,
     _memory: SharedMemory,
 }
@@ -146,11 +148,9 @@ impl Vm {
             op: "make an event descriptor",
             source,
         })?;
-        let metrics = Arc::new(VcpuMetrics::default());
         let shared = Arc::new(VcpuShared {
             pio,
             mmio,
-            metrics,
             ended,
             reason: Mutex::default(),
         });
@@ -164,7 +164,7 @@ impl Vm {
             })?;
         let pause = Some(Pause {
             kvmclock: vm.clock()?,
-            host_tsc: host_tsc(),
+            host_tsc: tsc(),
         });
         Ok(Self {
             vcpus,
@@ -173,6 +173,7 @@ impl Vm {
             legacy,
             kvm: vm,
             pause,
+            ticks: TickRate::start(),
             config,
             _memory: memory,
         })
@@ -197,7 +198,7 @@ impl Vm {
         self.vcpus.iter().for_each(VcpuHandle::wait_parked);
         self.pause = Some(Pause {
             kvmclock: self.kvm.clock()?,
-            host_tsc: host_tsc(),
+            host_tsc: tsc(),
         });
         self.devices.pause();
         log::info!("The microVM is paused.");
@@ -208,7 +209,7 @@ impl Vm {
     pub fn resume(&mut self) -> Result<(), VmError> {
         let Some(pause) = &self.pause else { return Ok(()) };
         self.kvm.set_clock(pause.kvmclock)?;
-        let hidden_ticks = host_tsc().wrapping_sub(pause.host_tsc);
+        let hidden_ticks = tsc().wrapping_sub(pause.host_tsc);
         self.devices.resume();
         self.vcpus.iter().for_each(|vcpu| vcpu.resume(hidden_ticks));
         self.pause = None;
@@ -276,14 +277,10 @@ impl Vm {
 
     /// Adds the machine's counters to a metrics line.
     pub fn collect_metrics(&self, line: &mut Map<String, Value>) {
-        line.insert("vcpu".into(), self.shared.metrics.to_json());
+        for vcpu in &self.vcpus {
+            add_to_sum(line, &json!({"vcpu": vcpu.metrics().to_json(&self.ticks)}));
+        }
         self.legacy.collect_metrics(line);
         self.devices.collect_metrics(line);
     }
-}
-
-/// The host's time stamp counter.
-fn host_tsc() -> u64 {
-    // SAFETY: needed because the instruction is only offered as an intrinsic; every x86_64 CPU has it.
-    unsafe { std::arch::x86_64::_rdtsc() }
 }

@@ -8,7 +8,6 @@ use api_server::{Method, Request};
 use libfuzzer_sys::fuzz_target;
 use vmm::api;
 use vmm::config::VmConfig;
-use vmm::metrics::RequestMetrics;
 
 const REQUESTS: [(Method, &str); 13] = [
     (Method::Put, "/machine-config"),
@@ -85,7 +84,7 @@ fn request(method: Method, path: &str, body: &[u8]) {
         path: path.into(),
         body,
     };
-    if let Err(error) = api::route(&request, &RequestMetrics::default()) {
+    if let Err(error) = api::route(&request) {
         assert!(!error.to_string().is_empty());
     }
 }

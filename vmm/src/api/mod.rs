@@ -3,8 +3,9 @@
 //! This is the only place that knows both HTTP and actions. It runs on the `api` thread, which turns untrusted bytes
 //! into typed, locally checked actions; the control thread decides whether they are possible.
 
-mod counters;
+mod call;
 mod error;
+mod requests;
 
 use api_server::{Method, Request, Response};
 use devices::catalog::DeviceConfig;
@@ -16,9 +17,10 @@ use serde_json::Value;
 use crate::config::{
     BootSource, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
 };
-use crate::metrics::RequestMetrics;
 
+pub use call::Call;
 pub use error::RouteError;
+pub use requests::{Endpoint, RequestMetrics};
 
 /// What a client wants. Each is carried out once, by the controller's only `match`.
 #[derive(Debug, Clone, PartialEq)]
@@ -104,16 +106,8 @@ const UNSUPPORTED: [&str; 8] = [
     "network-interfaces",
 ];
 
-/// Turns a request into an action, counting it.
-pub fn route(request: &Request, metrics: &RequestMetrics) -> Result<Routed, RouteError> {
-    let routed = find(request);
-    if let Some((group, name)) = counters::counter_of(request) {
-        metrics.count(group, name, routed.is_err());
-    }
-    routed
-}
-
-fn find(request: &Request) -> Result<Routed, RouteError> {
+/// Turns a request into an action.
+pub fn route(request: &Request) -> Result<Routed, RouteError> {
     let body = checked_body(request)?;
     let mut tokens = request.path.trim_start_matches('/').split('/');
     let resource = tokens.next().unwrap_or_default();

@@ -1,5 +1,6 @@
 //! What concerns the monitor's process more than its machine: console, log and metrics.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -71,4 +72,10 @@ impl<'de> Deserialize<'de> for LogLevel {
 pub struct MetricsConfig {
     /// A file, created when missing, or a FIFO.
     pub metrics_path: PathBuf,
+    /// Whether lines name the instance, as `id`.
+    #[serde(default)]
+    pub emit_id: bool,
+    /// Names and values of the user's own, for every line.
+    #[serde(default)]
+    pub properties: Option<BTreeMap<String, String>>,
 }

@@ -4,22 +4,24 @@
 //! plain data. `InstanceStart` makes a [`Vm`] of it, or leaves everything as it was.
 
 mod error;
+mod observe;
 
-use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use devices::catalog::DeviceConfig;
 use devices::virtio::DeviceKind;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use crate::api::{Action, Reply};
+use crate::api::{Action, Reply, RequestMetrics};
 use crate::boot::image::{Image, ImageKind};
-use crate::config::{LoggerConfig, MachineConfig, MetricsConfig, SerialConfig, VmConfig};
+use crate::config::{LoggerConfig, MachineConfig, SerialConfig, VmConfig};
 use crate::logger::LOGGER;
-use crate::metrics::{MetricsSink, RequestMetrics, add_to_sum};
+use crate::metrics::MetricsSink;
 use crate::vm::{Settings, Vm, VmError};
+
+use observe::Latencies;
 
 pub use error::ControlError;
 
@@ -49,15 +51,6 @@ pub struct Controller {
     metrics: MetricsSink,
     requests: Arc<RequestMetrics>,
     latencies: Latencies,
-}
-
-/// How long the last pause and resume took, in microseconds.
-#[derive(Debug, Default, Serialize)]
-struct Latencies {
-    pause_vm: u64,
-    resume_vm: u64,
-    vmm_pause_vm: u64,
-    vmm_resume_vm: u64,
 }
 
 impl Controller {
@@ -107,7 +100,7 @@ impl Controller {
             }
             Action::PutMetrics(metrics) => {
                 self.config()?;
-                self.set_metrics(&metrics)?;
+                self.set_metrics(metrics)?;
                 Ok(Reply::Done)
             }
             Action::InstanceStart => self.start(),
@@ -129,7 +122,7 @@ impl Controller {
             configure_logger(logger)?;
         }
         if let Some(metrics) = &config.metrics {
-            self.set_metrics(metrics)?;
+            self.set_metrics(metrics.clone())?;
         }
         let devices = config.devices();
         self.handle(Action::PutMachineConfig(config.machine_config))?;
@@ -142,34 +135,6 @@ impl Controller {
         }
         self.handle(Action::InstanceStart)?;
         Ok(())
-    }
-
-    /// Sets where metrics go; once.
-    pub fn set_metrics(&mut self, config: &MetricsConfig) -> Result<(), ControlError> {
-        if self.metrics.is_set() {
-            return Err(ControlError::MetricsTwice);
-        }
-        let path = &config.metrics_path;
-        let failed = |source| ControlError::Sink {
-            section: "Metrics",
-            path: path.clone(),
-            source,
-        };
-        self.metrics.set_path(path).map_err(failed)
-    }
-
-    /// True once metrics have a path: then a line is due every minute.
-    pub fn has_metrics(&self) -> bool {
-        self.metrics.is_set()
-    }
-
-    /// Writes a metrics line, when there is a path.
-    pub fn write_metrics(&mut self) -> io::Result<()> {
-        if !self.metrics.is_set() {
-            return Ok(());
-        }
-        let line = self.collect_metrics();
-        self.metrics.write(line)
     }
 
     /// The running machine.
@@ -279,38 +244,6 @@ impl Controller {
         self.latencies.resume_vm = micros(start);
         self.latencies.vmm_resume_vm = self.latencies.resume_vm;
         Ok(Reply::Done)
-    }
-
-    /// All counters of the process as one object.
-    fn collect_metrics(&self) -> Value {
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap_or_default();
-        let (startup, startup_cpu) = self.instance.startup_us;
-        let mut line = Map::new();
-        line.insert(
-            "utc_timestamp_ms".into(),
-            u64::try_from(now.as_millis()).unwrap_or(0).into(),
-        );
-        let api = json!({"process_startup_time_us": startup, "process_startup_time_cpu_us": startup_cpu});
-        line.insert("api_server".into(), api);
-        line.insert(
-            "latencies_us".into(),
-            serde_json::to_value(&self.latencies).expect("numbers"),
-        );
-        line.insert(
-            "logger".into(),
-            json!({"missed_log_count": LOGGER.missed(), "missed_metrics_count": self.metrics.missed}),
-        );
-        line.insert(
-            "signals".into(),
-            json!({"sigpipe": crate::signals::broken_pipes()}),
-        );
-        add_to_sum(&mut line, &self.requests.to_json());
-        if let State::Running(vm) = &self.state {
-            vm.collect_metrics(&mut line);
-        }
-        Value::Object(line)
     }
 }
 

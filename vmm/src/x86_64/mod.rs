@@ -33,6 +33,12 @@ pub enum VcpuStateError {
     },
 }
 
+/// The host's time stamp counter.
+pub fn tsc() -> u64 {
+    // SAFETY: needed because the instruction is only offered as an intrinsic; every x86_64 CPU has it.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
 impl VcpuStateError {
     pub(crate) fn kvm(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
         move |source| VcpuStateError::Kvm { operation, source }

@@ -1,0 +1,247 @@
+//! Metrics, in both forms: lines of JSON and Prometheus text. A guest of a few instructions is enough.
+
+use std::time::Instant;
+
+use mayfly_tests::{Drive, HOST_TIMEOUT, MonitorBuilder, Result, Scratch, TestVm, TinyKernel, Vm};
+use serde_json::{Map, Value, json};
+
+/// The groups of a line and their names, as tools for Firecracker's lines expect them; no more and no fewer.
+const SCHEMA: [(&str, &str); 17] = [
+    (
+        "api_server",
+        "process_startup_time_us process_startup_time_cpu_us",
+    ),
+    (
+        "block",
+        "activate_fails cfg_fails no_avail_buffer event_fails execute_fails invalid_reqs_count flush_count \
+         queue_event_count rate_limiter_event_count update_count update_fails read_bytes write_bytes read_count \
+         write_count rate_limiter_throttled_events io_engine_throttled_events remaining_reqs_count read_agg write_agg",
+    ),
+    ("deprecated_api", "deprecated_http_api_calls"),
+    (
+        "entropy",
+        "activate_fails entropy_event_fails entropy_event_count entropy_bytes host_rng_fails \
+         entropy_rate_limiter_throttled rate_limiter_event_count",
+    ),
+    (
+        "get_api_requests",
+        "instance_info_count machine_cfg_count mmds_count vmm_version_count hotplug_memory_count",
+    ),
+    (
+        "i8042",
+        "error_count missed_read_count missed_write_count read_count reset_count write_count",
+    ),
+    ("interrupts", "triggers config_updates"),
+    (
+        "latencies_us",
+        "full_create_snapshot diff_create_snapshot load_snapshot pause_vm resume_vm vmm_full_create_snapshot \
+         vmm_diff_create_snapshot vmm_load_snapshot vmm_pause_vm vmm_resume_vm",
+    ),
+    (
+        "logger",
+        "missed_metrics_count metrics_fails missed_log_count rate_limited_log_count",
+    ),
+    (
+        "net",
+        "activate_fails cfg_fails no_rx_avail_buffer no_tx_avail_buffer event_fails rx_queue_event_count \
+         rx_event_rate_limiter_count rx_rate_limiter_throttled rx_tap_event_count rx_bytes_count rx_packets_count \
+         rx_fails rx_count tap_read_fails tap_write_fails tx_bytes_count tx_malformed_frames tx_fails tx_count \
+         tx_packets_count tx_queue_event_count tx_rate_limiter_event_count tx_rate_limiter_throttled \
+         tx_spoofed_mac_count tx_remaining_reqs_count tap_write_agg",
+    ),
+    (
+        "patch_api_requests",
+        "drive_count drive_fails network_count network_fails machine_cfg_count machine_cfg_fails mmds_count \
+         mmds_fails hotplug_memory_count hotplug_memory_fails pmem_count pmem_fails",
+    ),
+    (
+        "put_api_requests",
+        "actions_count actions_fails boot_source_count boot_source_fails drive_count drive_fails logger_count \
+         logger_fails machine_cfg_count machine_cfg_fails cpu_cfg_count cpu_cfg_fails metrics_count metrics_fails \
+         network_count network_fails mmds_count mmds_fails vsock_count vsock_fails pmem_count pmem_fails \
+         serial_count serial_fails hotplug_memory_count hotplug_memory_fails",
+    ),
+    ("seccomp", "num_faults"),
+    ("signals", "sigbus sigsegv sigxfsz sigxcpu sigpipe sighup sigill"),
+    (
+        "uart",
+        "error_count flush_count missed_read_count missed_write_count read_count write_count \
+         rate_limiter_dropped_bytes",
+    ),
+    (
+        "vcpu",
+        "exit_io_in exit_io_out exit_mmio_read exit_mmio_write failures kvmclock_ctrl_fails exit_io_in_agg \
+         exit_io_out_agg exit_mmio_read_agg exit_mmio_write_agg",
+    ),
+    ("vmm", "panic_count"),
+];
+
+/// A machine with this kernel and metrics; the second part is the folder of the kernel.
+fn machine(name: &str, kernel: &TinyKernel) -> Result<(TestVm, Scratch)> {
+    let scratch = Scratch::new("kernel")?;
+    Ok((TestVm::new(name).kernel(kernel.write(&scratch)?), scratch))
+}
+
+/// Starts a machine and waits until its guest has said that it is up.
+fn up(vm: TestVm) -> Result<Vm> {
+    let vm = vm.start()?;
+    if vm.console().wait_for("up\n", Instant::now() + HOST_TIMEOUT) {
+        return Ok(vm);
+    }
+    Err(vm.failure("the guest did not come up"))
+}
+
+/// Asserts that a line has every group with exactly its names, and numbers for all of them.
+#[track_caller]
+fn assert_schema(line: &Value) {
+    for (group, names) in SCHEMA {
+        let empty = Map::new();
+        let mut expected: Vec<_> = names.split_whitespace().collect();
+        expected.sort_unstable();
+        let actual = line[group].as_object().unwrap_or(&empty);
+        assert_eq!(actual.keys().collect::<Vec<_>>(), expected, "{group}");
+        for (name, value) in actual {
+            let is_agg = value["min_us"].is_u64() && value["max_us"].is_u64() && value["sum_us"].is_u64();
+            assert_eq!(is_agg, name.ends_with("_agg"), "{group}.{name}");
+            assert!(is_agg || value.is_u64(), "{group}.{name} is {value}");
+        }
+    }
+    assert!(
+        line["utc_timestamp_ms"].as_u64() > Some(1_700_000_000_000),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_line_before_the_start_has_every_name_of_the_schema() -> Result {
+    let monitor = MonitorBuilder::new("schema")?.metrics().start()?;
+    monitor.signal(libc::SIGTERM)?;
+    monitor.wait_exit()?;
+    let lines = monitor.metrics()?;
+    assert_eq!(lines.len(), 1);
+    assert_schema(&lines[0]);
+    assert_eq!(lines[0]["vcpu"]["exit_io_out"], 0);
+    Ok(())
+}
+
+#[test]
+fn a_line_of_a_machine_has_the_same_names_and_one_group_per_drive() -> Result {
+    let (vm, scratch) = machine("schema", &TinyKernel::new().print("up\n").halt())?;
+    let image = scratch.file("image", [0; 4096])?;
+    let vm = up(vm.vcpus(2).entropy().drive(Drive::new("data", &image)))?;
+    vm.action("FlushMetrics")?;
+    let lines = vm.metrics()?;
+    assert_schema(&lines[0]);
+    assert_eq!(lines[0]["block_data"], lines[0]["block"]);
+    assert!(lines[0].get("entropy_entropy").is_none());
+    let vcpu = &lines[0]["vcpu"];
+    assert!(vcpu["exit_io_out"].as_u64() >= Some(3), "{vcpu}");
+    let out = &vcpu["exit_io_out_agg"];
+    assert!(out["max_us"].as_u64() >= out["min_us"].as_u64(), "{vcpu}");
+    assert!(out["sum_us"].as_u64() >= out["max_us"].as_u64(), "{vcpu}");
+    assert!(out["sum_us"].as_u64() > Some(0), "{vcpu}");
+    Ok(())
+}
+
+#[test]
+fn durations_stay_and_counts_start_again_with_each_line() -> Result {
+    let (vm, _scratch) = machine("absolute", &TinyKernel::new().print("up\n").halt())?;
+    let vm = up(vm)?;
+    vm.pause()?;
+    vm.resume()?;
+    vm.patch("/drives/none", &json!({"drive_id": "none"}))?;
+    vm.action("FlushMetrics")?;
+    vm.action("FlushMetrics")?;
+    let lines = vm.metrics()?;
+    let (first, second) = (&lines[0], &lines[1]);
+    assert_eq!(first["latencies_us"], second["latencies_us"]);
+    assert!(first["latencies_us"]["pause_vm"].as_u64() > Some(0), "{first}");
+    assert_eq!(first["patch_api_requests"]["drive_fails"], 1);
+    assert_eq!(second["patch_api_requests"]["drive_count"], 0);
+    assert_eq!(second["put_api_requests"]["actions_count"], 1);
+    assert_eq!(
+        first["vcpu"]["exit_io_out_agg"]["max_us"],
+        second["vcpu"]["exit_io_out_agg"]["max_us"]
+    );
+    assert_eq!(second["vcpu"]["exit_io_out_agg"]["sum_us"], 0);
+    Ok(())
+}
+
+#[test]
+fn refusals_by_either_thread_and_deprecated_fields_are_counted() -> Result {
+    let monitor = MonitorBuilder::new("fails")?.metrics().start()?;
+    monitor.request("PUT", "/machine-config", "{")?;
+    monitor.put("/machine-config", &json!({"vcpu_count": 99, "mem_size_mib": 128}))?;
+    monitor.put(
+        "/machine-config",
+        &json!({"vcpu_count": 1, "mem_size_mib": 128, "cpu_template": "None"}),
+    )?;
+    monitor.signal(libc::SIGTERM)?;
+    monitor.wait_exit()?;
+    let line = &monitor.metrics()?[0];
+    let put = &line["put_api_requests"];
+    assert_eq!(
+        (&put["machine_cfg_count"], &put["machine_cfg_fails"]),
+        (&json!(3), &json!(2))
+    );
+    assert_eq!(line["deprecated_api"]["deprecated_http_api_calls"], 1);
+    Ok(())
+}
+
+#[test]
+fn lines_name_the_instance_and_the_users_properties_when_asked() -> Result {
+    let monitor = MonitorBuilder::new("names")?.args(["--id", "vm-7"]).start()?;
+    let path = monitor.dir().join("m");
+    let body =
+        json!({"metrics_path": path, "emit_id": true, "properties": {"rack": "a", "zone": "1"}, "new": 1});
+    monitor.put("/metrics", &body)?.success()?;
+    monitor.signal(libc::SIGTERM)?;
+    monitor.wait_exit()?;
+    let line: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+    assert_eq!(line["id"], "vm-7");
+    assert_eq!(line["properties"], json!({"rack": "a", "zone": "1"}));
+    assert_schema(&line);
+    Ok(())
+}
+
+#[test]
+fn properties_are_names_and_texts() -> Result {
+    let monitor = MonitorBuilder::new("names")?.start()?;
+    let path = monitor.dir().join("m");
+    let body = json!({"metrics_path": path, "properties": {"rack": 1}});
+    monitor.put("/metrics", &body)?.assert_refused(&["invalid type"]);
+    assert!(!path.exists());
+    Ok(())
+}
+
+#[test]
+fn a_process_that_a_signal_kills_leaves_a_line_that_says_so() -> Result {
+    for (signal, code, group, name) in [
+        (libc::SIGHUP, 156, "signals", "sighup"),
+        (libc::SIGSEGV, 150, "signals", "sigsegv"),
+        (libc::SIGBUS, 149, "signals", "sigbus"),
+        (libc::SIGILL, 157, "signals", "sigill"),
+        (libc::SIGXCPU, 154, "signals", "sigxcpu"),
+        (libc::SIGXFSZ, 151, "signals", "sigxfsz"),
+        (libc::SIGSYS, 148, "seccomp", "num_faults"),
+    ] {
+        let monitor = MonitorBuilder::new("last")?.metrics().start()?;
+        monitor.signal(signal)?;
+        assert_eq!(monitor.wait_exit()?, code);
+        let lines = monitor.metrics()?;
+        let line = &lines[0];
+        assert_schema(line);
+        assert_eq!((lines.len(), &line[group][name]), (1, &json!(1)), "{name}");
+        let deaths = ["sigbus", "sighup", "sigill", "sigsegv", "sigxcpu", "sigxfsz"];
+        let told: u64 = deaths
+            .iter()
+            .filter_map(|name| line["signals"][name].as_u64())
+            .sum();
+        assert_eq!(
+            told + line["seccomp"]["num_faults"].as_u64().unwrap_or(0),
+            1,
+            "{line}"
+        );
+    }
+    Ok(())
+}

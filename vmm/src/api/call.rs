@@ -1,0 +1,83 @@
+//! [`Call`]: a request on its way, from its arrival to its answer.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use api_server::{Request, Responder, Response};
+
+use super::requests::{Endpoint, RequestMetrics};
+
+/// A client that waits for its answer. It is logged and counted at both ends.
+#[derive(Debug)]
+pub struct Call {
+    responder: Responder,
+    metrics: Arc<RequestMetrics>,
+    endpoint: Endpoint,
+    start: Instant,
+    deprecated: bool,
+}
+
+impl Call {
+    /// Takes a request in.
+    pub fn begin(request: &Request, responder: Responder, metrics: &Arc<RequestMetrics>) -> Self {
+        log_request(request);
+        let endpoint = Endpoint::of(request);
+        metrics.begin(endpoint);
+        Self {
+            responder,
+            metrics: Arc::clone(metrics),
+            endpoint,
+            start: Instant::now(),
+            deprecated: false,
+        }
+    }
+
+    /// The answer is to carry `Deprecation: true`, or not.
+    pub fn deprecated(self, deprecated: bool) -> Self {
+        Self { deprecated, ..self }
+    }
+
+    /// Answers it.
+    pub fn answer(self, response: Response) {
+        log_response(&response);
+        let failed = response.status() >= 400;
+        self.metrics
+            .finish(self.endpoint, self.start.elapsed(), failed, self.deprecated);
+        self.responder.send(if self.deprecated {
+            response.deprecated()
+        } else {
+            response
+        });
+    }
+}
+
+fn log_request(request: &Request) {
+    if !log::log_enabled!(log::Level::Info) {
+        return;
+    }
+    let method = match request.method {
+        api_server::Method::Get => "Get",
+        api_server::Method::Put => "Put",
+        api_server::Method::Patch => "Patch",
+        api_server::Method::Delete => "Delete",
+    };
+    let path = &request.path;
+    match &request.body {
+        Some(body) => {
+            let body = String::from_utf8_lossy(body);
+            log::info!("The API server received a {method} request on {path:?} with body {body:?}.");
+        }
+        None => log::info!("The API server received a {method} request on {path:?}."),
+    }
+}
+
+fn log_response(response: &Response) {
+    match response.status() {
+        200 => log::info!("The request was executed successfully. Status code: 200 OK."),
+        204 => log::info!("The request was executed successfully. Status code: 204 No Content."),
+        status => {
+            let body = String::from_utf8_lossy(response.body().unwrap_or_default());
+            log::error!("Received Error. Status code: {status} Bad Request. Message: {body}");
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! Counters of the whole process, and the two forms in which they leave it: lines of JSON and Prometheus text.
+//!
+//! Devices keep their own counters and hand them out as JSON objects. Here they are summed per kind. The control thread
+//! collects, writes a line every minute, on request and at exit, and answers `GET /metrics`.
+
+pub mod last_words;
+mod sink;
+mod vcpu;
+
+use devices::catalog::{KINDS, blank_metrics};
+use devices::legacy::{i8042, serial};
+use devices::virtio::InterruptMetrics;
+use serde_json::{Map, Value, json};
+
+pub use sink::MetricsSink;
+pub use vcpu::{TickRate, VcpuMetrics};
+
+/// The groups of a machine, with all counters at zero: a line has every group and name at all times.
+pub fn blank_machine() -> Map<String, Value> {
+    let mut line = Map::new();
+    for kind in KINDS {
+        line.insert(kind.name().into(), blank_metrics(kind));
+    }
+    let zero = json!({
+        "i8042": i8042::Metrics::default(),
+        "interrupts": InterruptMetrics::default(),
+        "uart": serial::Metrics::default(),
+        "vcpu": VcpuMetrics::default().to_json(&TickRate::start()),
+    });
+    add_to_sum(&mut line, &zero);
+    line
+}
+
+/// Adds a device's counters to the sum of its kind.
+pub fn add_to_sum(sum: &mut Map<String, Value>, counters: &Value) {
+    let Value::Object(counters) = counters else { return };
+    for (key, value) in counters {
+        let entry = sum.entry(key.clone());
+        match value {
+            Value::Object(_) => {
+                if let Value::Object(inner) = entry.or_insert_with(|| Value::Object(Map::new())) {
+                    add_to_sum(inner, value);
+                }
+            }
+            _ => {
+                let entry = entry.or_insert(Value::from(0u64));
+                let (old, new) = (entry.as_u64().unwrap_or(0), value.as_u64().unwrap_or(0));
+                *entry = Value::from(match key.as_str() {
+                    "max_us" => old.max(new),
+                    "min_us" if old != 0 && new != 0 => old.min(new),
+                    _ => old.saturating_add(new),
+                });
+            }
+        }
+    }
+}
+
+/// Whether a value is what it is, and not a count of what has happened.
+pub(crate) fn is_absolute(group: &str, key: &str) -> bool {
+    group == "latencies_us" || group == "api_server" || matches!(key, "min_us" | "max_us")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_devices_of_one_kind() {
+        let mut sum = Map::new();
+        add_to_sum(
+            &mut sum,
+            &json!({"a": 1, "agg": {"min_us": 4, "max_us": 9, "sum_us": 1}}),
+        );
+        add_to_sum(
+            &mut sum,
+            &json!({"a": 2, "agg": {"min_us": 3, "max_us": 7, "sum_us": 1}}),
+        );
+        assert_eq!(
+            Value::Object(sum),
+            json!({"a": 3, "agg": {"min_us": 3, "max_us": 9, "sum_us": 2}})
+        );
+    }
+
+    #[test]
+    fn a_blank_machine_has_every_kind_of_device() {
+        let blank = blank_machine();
+        let missing: Vec<_> = KINDS
+            .iter()
+            .filter(|kind| !blank.contains_key(kind.name()))
+            .collect();
+        assert!(missing.is_empty(), "{missing:?}");
+        assert_eq!(
+            blank["vcpu"]["exit_io_in_agg"],
+            json!({"min_us": 0, "max_us": 0, "sum_us": 0})
+        );
+    }
+}
