@@ -24,6 +24,7 @@ const BAD_CONFIGURATION: u8 = 152;
 const BAD_ARGUMENTS: u8 = 153;
 
 fn main() -> ExitCode {
+    vmm::memory::share_one_heap();
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Run(args)) => args,
         Ok(Command::Help) => {
