@@ -1,7 +1,7 @@
-//! Rate limits as the user writes them: token buckets for bytes and for operations.
+//! Rate limits as the user writes them.
 //!
-//! These are plain config types. Drives, network interfaces and the entropy source have them as a part of their own
-//! config, so the JSON shape is the same everywhere.
+//! These are plain config types. Devices have them as a part of their own config, so the JSON shape is the same
+//! everywhere.
 
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -56,6 +56,22 @@ impl RateLimiterConfig {
         };
         (limits != Self::default()).then_some(limits)
     }
+
+    /// The limits after `patch`: a bucket that it leaves out stays, and one that is disabled is removed.
+    pub fn patched(&self, patch: &Self) -> Self {
+        let bucket = |old, new: Option<TokenBucketConfig>| new.map_or(old, TokenBucketConfig::effective);
+        Self {
+            bandwidth: bucket(self.bandwidth, patch.bandwidth),
+            ops: bucket(self.ops, patch.ops),
+        }
+    }
+
+    /// Takes the patch of a device's limits into the device's config; nothing changes without one.
+    pub fn patch(limits: &mut Option<Self>, patch: Option<&Self>) {
+        if let Some(patch) = patch {
+            *limits = limits.unwrap_or_default().patched(patch).effective();
+        }
+    }
 }
 
 /// Prints the limits as they take effect, `null` when nothing is limited. For `#[serde(serialize_with)]` on a config's
@@ -105,6 +121,28 @@ mod tests {
             r#"{"bandwidth":{"size":5,"one_time_burst":null,"refill_time":9},"ops":null}"#
         );
         assert_eq!(echo(r#"{"ops":{"size":5,"refill_time":0}}"#), "null");
+    }
+
+    #[test]
+    fn a_patch_replaces_keeps_and_removes_buckets() {
+        let mut limits = Some(parse(
+            r#"{"ops":{"size":5,"refill_time":9},"bandwidth":{"size":6,"refill_time":9}}"#,
+        ));
+        let mut patch = |json: &str| {
+            RateLimiterConfig::patch(&mut limits, Some(&parse(json)));
+            serde_json::to_string(&limits).unwrap()
+        };
+        assert_eq!(
+            patch(r#"{"ops":{"size":7,"one_time_burst":0,"refill_time":8}}"#),
+            r#"{"bandwidth":{"size":6,"one_time_burst":null,"refill_time":9},"ops":{"size":7,"one_time_burst":null,"refill_time":8}}"#
+        );
+        assert_eq!(
+            patch(r#"{"bandwidth":{"size":0,"refill_time":8},"ops":null}"#),
+            r#"{"bandwidth":null,"ops":{"size":7,"one_time_burst":null,"refill_time":8}}"#
+        );
+        assert_eq!(patch(r#"{"ops":{"size":7,"refill_time":0}}"#), "null");
+        RateLimiterConfig::patch(&mut limits, None);
+        assert_eq!(limits, None);
     }
 
     #[test]
