@@ -40,9 +40,6 @@ pub enum BuildError {
     /// A network card.
     #[error("Could not create the network device")]
     Net(#[from] net::OpenError),
-    /// The entropy device.
-    #[error("Could not create the entropy device")]
-    Entropy(#[from] rng::ConfigError),
 }
 
 impl DeviceConfig {
@@ -68,7 +65,8 @@ impl DeviceConfig {
     pub fn patch(&mut self, patch: &Value) -> Result<(), UpdateError> {
         match self {
             Self::Block(config) => config.patch(serde_json::from_value(patch.clone())?),
-            Self::Net(_) | Self::Entropy(_) => {
+            Self::Net(config) => config.patch(serde_json::from_value(patch.clone())?),
+            Self::Entropy(_) => {
                 return Err(UpdateError::Refused("this device takes no changes".into()));
             }
         }
@@ -80,7 +78,7 @@ impl DeviceConfig {
         Ok(match self {
             Self::Block(config) => Box::new(config.build()?),
             Self::Net(config) => Box::new(config.build()?),
-            Self::Entropy(config) => Box::new(config.build()?),
+            Self::Entropy(config) => Box::new(config.build()),
         })
     }
 }

@@ -1,7 +1,7 @@
 //! The driver's side of virtio in plain memory, for unit tests and fuzz targets.
 //!
-//! [`Driver`] lays a split queue out in guest memory and offers chains to it; [`Recorder`] stands for interrupt and
-//! io loop; [`Inline`] is a [`LaneHost`] that runs everything on the caller's thread.
+//! [`Driver`] lays a split queue out in guest memory and offers chains to it; [`Recorder`] stands for interrupt, clock
+//! and io loop; [`Inline`] is a [`LaneHost`] that runs everything on the caller's thread.
 
 #![allow(clippy::unwrap_used, reason = "a test helper fails the test")]
 
@@ -9,18 +9,21 @@ use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::GuestMemory;
-use crate::virtio::{ConfigSpace, Io, Irq, Job, Lane, LaneHost, LaneId, Queue, QueueConfig, Vector, Watch};
+use crate::virtio::{
+    Clock, ConfigSpace, Io, Irq, Job, Lane, LaneHost, LaneId, Queue, QueueConfig, Vector, Watch,
+};
 
 /// Plain guest memory of `len` bytes from address zero.
 pub fn memory(len: usize) -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(0), len)]).unwrap()
 }
 
-/// Counts interrupts and keeps watched descriptors.
+/// Counts interrupts, keeps watched descriptors, and tells a time that stands still by itself.
 #[derive(Default)]
 pub struct Recorder {
     /// Config interrupts.
@@ -31,12 +34,30 @@ pub struct Recorder {
     pub space: ConfigSpace,
     /// What the device watches.
     pub watched: Mutex<Vec<(RawFd, u32)>>,
+    moment: Mutex<Option<Instant>>,
 }
 
 impl Recorder {
     /// Queue interrupts since the last call.
     pub fn take_interrupts(&self) -> usize {
         self.queue.swap(0, Ordering::Relaxed)
+    }
+
+    /// Lets time pass.
+    pub fn pass(&self, time: Duration) {
+        let later = self.now() + time;
+        *self.moment.lock().unwrap() = Some(later);
+    }
+
+    /// Whether anybody has looked at the time.
+    pub fn was_asked_for_time(&self) -> bool {
+        self.moment.lock().unwrap().is_some()
+    }
+}
+
+impl Clock for Recorder {
+    fn now(&self) -> Instant {
+        *self.moment.lock().unwrap().get_or_insert_with(Instant::now)
     }
 }
 
@@ -277,7 +298,7 @@ impl<'m> Driver<'m> {
     }
 }
 
-/// Lends `queues` to a device, with `recorder` as interrupt and loop.
+/// Lends `queues` to a device, with `recorder` as interrupt, clock and loop.
 pub fn io<'a>(
     mem: &'a GuestMemory,
     queues: &'a mut [Queue],
@@ -290,6 +311,7 @@ pub fn io<'a>(
         irq: recorder,
         watch: recorder,
         config: &recorder.space,
+        clock: recorder,
         features,
         again: None,
     }

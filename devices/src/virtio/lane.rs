@@ -13,7 +13,8 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Blob, ConfigSpace, DeviceError, Health, Histogram, Io, Irq, Queue, UpdateError, VirtioDevice, Watch,
+    Blob, ConfigSpace, DeviceError, Health, Histogram, HostClock, Io, Irq, Queue, UpdateError, VirtioDevice,
+    Watch,
 };
 use crate::SharedMemory;
 
@@ -186,6 +187,7 @@ impl Lane {
             irq: &*self.irq,
             watch: &watch,
             config: &self.config,
+            clock: &HostClock,
             features: self.features,
             again: None,
         };

@@ -15,9 +15,11 @@ pub mod queue;
 pub mod rng;
 pub mod slot;
 pub mod state;
+pub mod throttle;
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Instant;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -30,6 +32,7 @@ pub use latency::{Histogram, Latency};
 pub use queue::{Chain, ChainStorage, Queue, QueueConfig, QueueError, Ring};
 pub use slot::{SlotState, Transport, VirtioSlot};
 pub use state::{Blob, StateError};
+pub use throttle::Throttle;
 
 use crate::GuestMemory;
 
@@ -135,6 +138,21 @@ pub trait Watch {
     fn remove(&self, fd: RawFd) -> io::Result<()>;
 }
 
+/// Tells the time, which never goes back.
+pub trait Clock {
+    /// This moment.
+    fn now(&self) -> Instant;
+}
+
+/// The host's monotonic clock.
+pub struct HostClock;
+
+impl Clock for HostClock {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+}
+
 /// What is lent to a device for one call.
 pub struct Io<'a> {
     /// The guest's memory.
@@ -148,6 +166,8 @@ pub struct Io<'a> {
     /// The configuration space as the driver sees it. A device that changes its own while it serves a queue sets it
     /// here, before its answer; whether the driver is interrupted for it is up to the device.
     pub config: &'a ConfigSpace,
+    /// The time. It costs a look, so a device asks only when it must know.
+    pub clock: &'a dyn Clock,
     /// The features that the driver accepted.
     pub features: u64,
     /// A queue to be called for again, after the loop has served its other events. A device that leaves work behind

@@ -9,11 +9,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Blob, Buffers, Chain, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, StateError, UpdateError,
-    Vector, VirtioDevice, feature,
+    Blob, Buffers, Chain, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, StateError, Throttle,
+    UpdateError, Vector, VirtioDevice, feature,
 };
-use crate::rate_limiter::{RateLimiterConfig, serialize_effective};
+use crate::rate_limiter::{self, RateLimiterConfig, serialize_effective};
 
+const KIND: &str = "entropy";
 const QUEUE_SIZE: u16 = 256;
 /// The most bytes that one request gets, so that no request can hold the io thread for long.
 const MAX_BYTES: usize = 64 << 10;
@@ -21,51 +22,37 @@ const MAX_BYTES: usize = 64 << 10;
 const TURN: usize = 16;
 /// Bytes asked of the host at a time.
 const PORTION: usize = 4096;
+/// The device's only descriptor: the timer of its rate limiter.
+const LIMITER_TOKEN: u32 = 0;
 
 /// What the user asks: the API body, the config file's section and the answer to `GET`, in one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Limits the bytes given to the guest.
+    /// Limits the bytes given to the guest, and its requests.
     #[serde(serialize_with = "serialize_effective")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 
-/// Why a config cannot work on any host.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    /// Rate limiters do not exist yet.
-    #[error("rate limiters of the entropy device are not supported yet: leave rate_limiter out")]
-    RateLimiter,
-}
-
 impl Config {
-    /// Checks all that can be checked without touching the host.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        match self.rate_limiter {
-            Some(limits) if limits.is_effective() => Err(ConfigError::RateLimiter),
-            _ => Ok(()),
-        }
-    }
-
     /// Makes the device.
-    pub fn build(&self) -> Result<Rng, ConfigError> {
-        self.validate()?;
-        Ok(Rng {
+    pub fn build(&self) -> Rng {
+        Rng {
             info: DeviceInfo {
                 kind: DeviceKind::Entropy,
                 queue_sizes: vec![QUEUE_SIZE],
                 features: feature::COMMON,
             },
+            throttle: Throttle::new(self.rate_limiter.as_ref(), LIMITER_TOKEN),
             metrics: Metrics::default(),
-        })
+        }
     }
 }
 
 /// Counters since creation, named as Firecracker names them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Metrics {
-    /// Activations that failed; there is nothing in one that could.
+    /// Activations that failed.
     pub activate_fails: u64,
     /// Requests that were not served, and events that ended in a broken queue.
     pub entropy_event_fails: u64,
@@ -81,22 +68,24 @@ pub struct Metrics {
     pub rate_limiter_event_count: u64,
 }
 
-/// What a snapshot keeps: nothing, as no request outlives a call.
+/// What a snapshot keeps. No request outlives a call.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct State {}
+struct State {
+    rate_limiter: rate_limiter::State,
+}
 
 /// The entropy device.
 pub struct Rng {
     info: DeviceInfo,
+    throttle: Throttle,
     metrics: Metrics,
 }
 
 impl Rng {
-    /// Answers one request; returns the bytes written to it.
-    fn serve(&mut self, buffers: &Buffers<'_>) -> usize {
+    /// Answers one request with as many bytes as wanted; returns how many were written to it.
+    fn serve(&mut self, buffers: &Buffers<'_>, wanted: usize) -> usize {
         self.metrics.entropy_event_count += 1;
-        let wanted = buffers.len().min(MAX_BYTES);
         let mut random = [0; PORTION];
         let mut done = 0;
         while done < wanted {
@@ -119,10 +108,18 @@ impl Rng {
         let mut chain = Chain::new();
         let mut ring = io.queues[0].open(io.mem)?;
         ring.disable_notify();
+        self.throttle.begin(io.clock);
         io.again = Some(0);
         for _ in 0..TURN {
             if ring.pop(&mut chain)? {
-                let written = self.serve(&chain.writable);
+                let wanted = chain.writable.len().min(MAX_BYTES);
+                if !self.throttle.take(wanted) {
+                    self.metrics.entropy_rate_limiter_throttled += 1;
+                    ring.unpop(1);
+                    io.again = None;
+                    break;
+                }
+                let written = self.serve(&chain.writable, wanted);
                 ring.push(chain.head(), u32::try_from(written).expect("at most MAX_BYTES"));
             } else if !ring.enable_notify()? {
                 io.again = None;
@@ -146,30 +143,46 @@ impl VirtioDevice for Rng {
         &[]
     }
 
-    fn activate(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
-        Ok(())
+    fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let result = self.throttle.activate(io);
+        self.metrics.activate_fails += u64::from(result.is_err());
+        result
     }
 
     fn on_queue(&mut self, _queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if self.throttle.is_holding() {
+            return Ok(());
+        }
         let result = self.serve_turn(io);
         self.metrics.entropy_event_fails += u64::from(result.is_err());
-        Ok(result?)
+        result?;
+        self.throttle.settle(io.clock)
     }
 
-    fn update(&mut self, patch: Value, _io: &mut Io<'_>) -> Result<(), UpdateError> {
-        // All that could change is the rate limiter.
-        let patch: Config = serde_json::from_value(patch)?;
-        patch
-            .validate()
-            .map_err(|error| UpdateError::Device(error.into()))
+    fn on_event(&mut self, _token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if !self.throttle.release() {
+            return Ok(());
+        }
+        self.metrics.rate_limiter_event_count += 1;
+        self.on_queue(0, io)
+    }
+
+    fn reset(&mut self) {
+        self.throttle.reset();
+    }
+
+    fn update(&mut self, _patch: Value, _io: &mut Io<'_>) -> Result<(), UpdateError> {
+        Err(UpdateError::Refused("the entropy device takes no changes".into()))
     }
 
     fn save(&self) -> Blob {
-        Blob::new("entropy", 1, &State {})
+        let rate_limiter = self.throttle.save();
+        Blob::new(KIND, 1, &State { rate_limiter })
     }
 
     fn load(&mut self, state: Blob) -> Result<(), StateError> {
-        state.open("entropy", 1).map(|State {}| ())
+        let State { rate_limiter } = state.open(KIND, 1)?;
+        self.throttle.load(KIND, rate_limiter)
     }
 
     fn metrics(&self) -> Value {
@@ -199,10 +212,11 @@ fn fill_random(out: &mut [u8]) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::testing::{Driver, io, memory, readable, recorder, writable};
+    use std::time::Duration;
     use vm_memory::{Bytes, GuestAddress};
 
     fn rng() -> Rng {
-        Config::default().build().unwrap()
+        Config::default().build()
     }
 
     #[test]
@@ -282,10 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_a_rate_limiter_that_would_limit() {
-        let limited = r#"{"rate_limiter":{"bandwidth":{"size":1,"refill_time":1}}}"#;
-        let config: Config = serde_json::from_str(limited).unwrap();
-        assert_eq!(config.validate(), Err(ConfigError::RateLimiter));
+    fn prints_its_config_and_refuses_unknown_fields() {
         assert!(serde_json::from_str::<Config>(r#"{"x":1}"#).is_err());
         assert_eq!(
             serde_json::to_string(&Config::default()).unwrap(),
@@ -293,9 +304,61 @@ mod tests {
         );
     }
 
+    fn limited(limits: &str) -> Rng {
+        let config = format!(r#"{{"rate_limiter":{limits}}}"#);
+        serde_json::from_str::<Config>(&config).unwrap().build()
+    }
+
+    #[test]
+    fn holds_back_what_is_beyond_the_bandwidth_until_its_time() {
+        let (mem, recorder) = (memory(1 << 20), recorder());
+        let mut driver = Driver::new(&mem, 0x1000, 8);
+        let mut queues = [driver.queue(false)];
+        let heads = [64, 64, 64].map(|len| driver.offer(&[writable(0x8000, len)]));
+        let mut rng = limited(r#"{"bandwidth":{"size":100,"refill_time":1000}}"#);
+        let mut io = io(&mem, &mut queues, &recorder, 0);
+
+        rng.activate(&mut io).unwrap();
+        rng.on_queue(0, &mut io).unwrap();
+        assert_eq!((driver.used(), driver.used()), (Some((heads[0], 64)), None));
+        recorder.pass(Duration::from_millis(279));
+        rng.on_event(LIMITER_TOKEN, &mut io).unwrap();
+        assert_eq!(driver.used(), None);
+        recorder.pass(Duration::from_millis(1));
+        rng.on_event(LIMITER_TOKEN, &mut io).unwrap();
+        assert_eq!((driver.used(), driver.used()), (Some((heads[1], 64)), None));
+        let Metrics {
+            entropy_rate_limiter_throttled,
+            rate_limiter_event_count,
+            ..
+        } = rng.metrics;
+        assert_eq!((entropy_rate_limiter_throttled, rate_limiter_event_count), (3, 2));
+        assert_eq!(rng.metrics.entropy_event_fails, 0);
+    }
+
+    #[test]
+    fn limits_requests_that_want_nothing_too() {
+        let (mem, recorder) = (memory(1 << 20), recorder());
+        let mut driver = Driver::new(&mem, 0x1000, 8);
+        let mut queues = [driver.queue(false)];
+        for _ in 0..3 {
+            driver.offer(&[readable(0x8000, 8)]);
+        }
+        let mut rng = limited(r#"{"ops":{"size":2,"refill_time":1000}}"#);
+        let mut io = io(&mem, &mut queues, &recorder, 0);
+        rng.activate(&mut io).unwrap();
+        rng.on_queue(0, &mut io).unwrap();
+        assert_eq!((rng.metrics.entropy_event_count, io.again), (2, None));
+    }
+
     #[test]
     fn loads_what_it_saved() {
         assert!(rng().load(rng().save()).is_ok());
-        assert!(rng().load(Blob::new("net", 1, &State {})).is_err());
+        assert!(rng().load(Blob::new("net", 1, &[0; 0])).is_err());
+        assert!(
+            rng()
+                .load(limited(r#"{"ops":{"size":2,"refill_time":1}}"#).save())
+                .is_err()
+        );
     }
 }

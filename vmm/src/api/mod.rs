@@ -123,6 +123,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, "drives") => put_drive(id, body)?,
         (Method::Patch, "drives") => patch_drive(id, body)?,
         (Method::Put, "network-interfaces") => put_net(id, body)?,
+        (Method::Patch, "network-interfaces") => patch_net(id, body)?,
         (Method::Put, "entropy") => put_device(DeviceConfig::Entropy(json(body)?)),
         (Method::Put, "serial") => Action::PutSerial(json(body)?),
         (Method::Put, "logger") => Action::PutLogger(json(body)?),
@@ -213,14 +214,28 @@ fn patch_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
 fn put_net(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let config: net::Config = json(body)?;
-    if id != config.iface_id {
-        let ids = format!(
-            "The id from the path [{id}] does not match the id from the body [{}]!",
-            config.iface_id
-        );
-        return Err(RouteError::IdMismatch(ids));
-    }
+    same_iface_id(id, &config.iface_id)?;
     Ok(put_device(DeviceConfig::Net(config)))
+}
+
+fn patch_net(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
+    let id = checked_id(id)?;
+    let patch: net::Patch = json(body)?;
+    same_iface_id(id, &patch.iface_id)?;
+    Ok(Action::PatchDevice {
+        kind: DeviceKind::Net,
+        id: id.into(),
+        patch: json(body)?,
+    })
+}
+
+fn same_iface_id(path: &str, body: &str) -> Result<(), RouteError> {
+    if path == body {
+        return Ok(());
+    }
+    Err(RouteError::IdMismatch(format!(
+        "The id from the path [{path}] does not match the id from the body [{body}]!"
+    )))
 }
 
 fn same_drive_id(path: &str, body: &str) -> Result<(), RouteError> {

@@ -25,7 +25,7 @@ pub struct Config {
     pub is_read_only: Option<bool>,
     /// The raw image: a regular file or a block device.
     pub path_on_host: Option<String>,
-    /// Limits of traffic.
+    /// Limits requests, and the bytes read and written.
     #[serde(serialize_with = "serialize_effective")]
     pub rate_limiter: Option<RateLimiterConfig>,
     /// How requests are carried out. Absent is [`IoEngine::Sync`].
@@ -66,7 +66,7 @@ pub struct Patch {
     pub drive_id: String,
     /// The image to be used from now on.
     pub path_on_host: Option<String>,
-    /// New limits.
+    /// New limits; a bucket that is left out stays as it is, one of size or refill time zero is removed.
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 
@@ -85,14 +85,6 @@ pub enum ConfigError {
          give path_on_host in place of socket"
     )]
     VhostUser {
-        /// Which drive.
-        drive_id: String,
-    },
-    /// A rate limiter that limits something.
-    #[error(
-        "drive '{drive_id}' asks for a rate limiter, which this version does not have yet: leave rate_limiter out"
-    )]
-    RateLimiter {
         /// Which drive.
         drive_id: String,
     },
@@ -124,7 +116,6 @@ impl Config {
         if self.socket.is_some() {
             return Err(ConfigError::VhostUser { drive_id: drive_id() });
         }
-        refuse_rate_limiter(&self.drive_id, self.rate_limiter)?;
         match &self.partuuid {
             Some(partuuid) if !is_partuuid(partuuid) => Err(ConfigError::PartUuid {
                 drive_id: drive_id(),
@@ -141,6 +132,7 @@ impl Config {
 
     /// Takes in what a patch changes.
     pub fn patch(&mut self, patch: Patch) {
+        RateLimiterConfig::patch(&mut self.rate_limiter, patch.rate_limiter.as_ref());
         if patch.path_on_host.is_some() {
             self.path_on_host = patch.path_on_host;
         }
@@ -161,16 +153,7 @@ impl Patch {
                 drive_id: self.drive_id.clone(),
             });
         }
-        refuse_rate_limiter(&self.drive_id, self.rate_limiter)
-    }
-}
-
-fn refuse_rate_limiter(drive_id: &str, limits: Option<RateLimiterConfig>) -> Result<(), ConfigError> {
-    match limits {
-        Some(limits) if limits.is_effective() => Err(ConfigError::RateLimiter {
-            drive_id: drive_id.into(),
-        }),
-        _ => Ok(()),
+        Ok(())
     }
 }
 

@@ -9,9 +9,10 @@ use serde_json::Value;
 use super::file::Image;
 use super::request::{Limits, Request, SERIAL, Status};
 use super::{CacheType, Config, Metrics, OpenError, Patch, SECTOR};
+use crate::rate_limiter;
 use crate::virtio::{
     Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, Ring,
-    StateError, UpdateError, Vector, VirtioDevice, feature,
+    StateError, Throttle, UpdateError, Vector, VirtioDevice, feature,
 };
 
 /// Feature bits (virtio 1.2 §5.2.3).
@@ -21,6 +22,8 @@ const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
 
 const QUEUE_SIZE: u16 = 256;
+/// The index of the only queue.
+const QUEUE: u16 = 0;
 /// Data segments in a request: all descriptors but those of header and status.
 const SEG_MAX: u32 = 254;
 /// The fields of `struct virtio_blk_config` up to `blk_size`, the last that an offered feature uses.
@@ -35,12 +38,16 @@ const RUN_TIME: Duration = Duration::from_micros(500);
 const KIND: &str = "block";
 const STATE_VERSION: u32 = 1;
 
-/// What a snapshot keeps: facts that the guest has read and that must hold after the restore.
+/// The device's only descriptor: the timer of its rate limiter.
+const LIMITER_TOKEN: u32 = 0;
+
+/// What a snapshot keeps: facts that the guest has read and that must hold after the restore, and what is left of limits.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct State {
     sectors: u64,
     read_only: bool,
+    rate_limiter: rate_limiter::State,
 }
 
 /// A virtio block device.
@@ -48,6 +55,7 @@ pub struct Block {
     info: DeviceInfo,
     image: Image,
     flush: bool,
+    throttle: Throttle,
     serial: [u8; SERIAL],
     config_space: [u8; CONFIG_SIZE],
     /// Kept from run to run, so that serving a request allocates nothing.
@@ -73,14 +81,15 @@ impl Block {
             config_space: config_space(&image),
             image,
             flush,
+            throttle: Throttle::new(config.rate_limiter.as_ref(), LIMITER_TOKEN),
             serial: serial(&config.drive_id),
             storage: ChainStorage::default(),
             metrics: Metrics::default(),
         })
     }
 
-    /// Serves requests until the queue is empty (false) or the run has lasted long enough (true). The answers are in
-    /// the ring and still to be published.
+    /// Serves requests until the queue is empty or the rate limiter holds one back (false), or the run has lasted long
+    /// enough (true). The answers are in the ring and still to be published.
     fn run(&mut self, ring: &mut Ring<'_, '_>, write_through: bool) -> Result<bool, QueueError> {
         let mut chain = Chain::from(std::mem::take(&mut self.storage));
         let more = self.serve_all(&mut chain, ring, write_through);
@@ -102,7 +111,11 @@ impl Block {
                 return ring.enable_notify();
             }
             if ring.pop(chain)? {
-                let written = self.serve(chain, &mut now, write_through);
+                let Some(written) = self.serve(chain, &mut now, write_through) else {
+                    self.metrics.rate_limiter_throttled_events += 1;
+                    ring.unpop(1);
+                    return Ok(false);
+                };
                 ring.push(chain.head(), written);
                 count += 1;
             } else if !ring.enable_notify()? {
@@ -112,12 +125,13 @@ impl Block {
         }
     }
 
-    /// Serves one request that begins at `now`, which moves on to its end; returns how many bytes were written to it.
-    fn serve(&mut self, chain: &mut Chain<'_>, now: &mut Instant, write_through: bool) -> u32 {
+    /// Serves one request that begins at `now`, which moves on to its end; returns how many bytes were written to it,
+    /// or nothing when the rate limiter holds it back.
+    fn serve(&mut self, chain: &mut Chain<'_>, now: &mut Instant, write_through: bool) -> Option<u32> {
         let Some(status_byte) = chain.writable.pop_byte() else {
             // There is no place to say that it is wrong.
             self.metrics.invalid_reqs_count += 1;
-            return 0;
+            return Some(0);
         };
         let limits = Limits {
             sectors: self.image.sectors(),
@@ -125,6 +139,7 @@ impl Block {
             flush: self.flush,
         };
         let (status, written) = match Request::parse(chain, limits) {
+            Ok(request) if !self.throttle.take(request.bytes(chain)) => return None,
             Ok(request) => self.answer(request, chain, now, write_through),
             Err(status) => {
                 self.metrics.invalid_reqs_count += 1;
@@ -132,7 +147,7 @@ impl Block {
             }
         };
         status_byte.copy_from(&[status as u8]);
-        u32::try_from(written + 1).expect("the queue bounds a chain to 4 GiB")
+        Some(u32::try_from(written + 1).expect("the queue bounds a chain to 4 GiB"))
     }
 
     fn answer(
@@ -208,11 +223,40 @@ impl Block {
         }
     }
 
-    fn change(&mut self, patch: Value) -> Result<(), UpdateError> {
+    fn serve_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let Some(running) = io.queues.get_mut(usize::from(queue)) else {
+            return Ok(());
+        };
+        // A driver that takes no flush counts on every write to be durable (virtio 1.2 §5.2.5.1).
+        let write_through = self.flush && io.features & F_FLUSH == 0;
+        let mut ring = running.open(io.mem)?;
+        self.throttle.begin(io.clock);
+        let more = self.run(&mut ring, write_through);
+        ring.publish();
+        if ring.needs_interrupt() {
+            io.irq.raise(Vector::Queue(queue));
+        }
+        match more {
+            Ok(true) => {
+                self.metrics.remaining_reqs_count += u64::from(ring.pending()?);
+                io.again = Some(queue);
+                Ok(())
+            }
+            Ok(false) => self.throttle.settle(io.clock),
+            Err(error) => {
+                self.metrics.event_fails += 1;
+                Err(error.into())
+            }
+        }
+    }
+
+    fn change(&mut self, patch: Value, io: &Io<'_>) -> Result<(), UpdateError> {
         let patch: Patch = serde_json::from_value(patch)?;
         patch
             .validate()
             .map_err(|error| UpdateError::Device(error.into()))?;
+        let limits = patch.rate_limiter.as_ref();
+        self.throttle.prepare(limits, io)?;
         if let Some(path) = &patch.path_on_host {
             let image = Image::open(path, self.image.read_only())
                 .map_err(|error| UpdateError::Device(error.into()))?;
@@ -220,6 +264,7 @@ impl Block {
             self.config_space = config_space(&image);
             self.image = image;
         }
+        self.throttle.patch(limits);
         Ok(())
     }
 
@@ -239,39 +284,34 @@ impl VirtioDevice for Block {
         &self.config_space
     }
 
-    fn activate(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
-        Ok(())
+    fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let result = self.throttle.activate(io);
+        self.metrics.activate_fails += u64::from(result.is_err());
+        result
     }
 
     fn on_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
         self.metrics.queue_event_count += 1;
-        let Some(running) = io.queues.get_mut(usize::from(queue)) else {
+        if self.throttle.is_holding() {
             return Ok(());
-        };
-        // A driver that takes no flush counts on every write to be durable (virtio 1.2 §5.2.5.1).
-        let write_through = self.flush && io.features & F_FLUSH == 0;
-        let mut ring = running.open(io.mem)?;
-        let more = self.run(&mut ring, write_through);
-        ring.publish();
-        if ring.needs_interrupt() {
-            io.irq.raise(Vector::Queue(queue));
         }
-        match more {
-            Ok(true) => {
-                self.metrics.remaining_reqs_count += u64::from(ring.pending()?);
-                io.again = Some(queue);
-                Ok(())
-            }
-            Ok(false) => Ok(()),
-            Err(error) => {
-                self.metrics.event_fails += 1;
-                Err(error.into())
-            }
-        }
+        self.serve_queue(queue, io)
     }
 
-    fn update(&mut self, patch: Value, _io: &mut Io<'_>) -> Result<(), UpdateError> {
-        let result = self.change(patch);
+    fn on_event(&mut self, _token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if !self.throttle.release() {
+            return Ok(());
+        }
+        self.metrics.rate_limiter_event_count += 1;
+        self.serve_queue(QUEUE, io)
+    }
+
+    fn reset(&mut self) {
+        self.throttle.reset();
+    }
+
+    fn update(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError> {
+        let result = self.change(patch, io);
         match result {
             Ok(()) => self.metrics.update_count += 1,
             Err(_) => self.metrics.update_fails += 1,
@@ -283,6 +323,7 @@ impl VirtioDevice for Block {
         let state = State {
             sectors: self.image.sectors(),
             read_only: self.image.read_only(),
+            rate_limiter: self.throttle.save(),
         };
         Blob::new(KIND, STATE_VERSION, &state)
     }
@@ -303,7 +344,7 @@ impl VirtioDevice for Block {
                 "is_read_only of drive '{serial}' is not what it was at the snapshot"
             )));
         }
-        Ok(())
+        self.throttle.load(KIND, state.rate_limiter)
     }
 
     fn metrics(&self) -> Value {

@@ -7,7 +7,7 @@ use crate::virtio::Latency;
 /// Counters since the creation of the device.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Metrics {
-    /// Activations that failed. Always zero: a drive needs nothing more for it.
+    /// Activations that failed.
     pub activate_fails: u64,
     /// Bad accesses to the configuration space. Always zero: it can be read anywhere, and a write has no effect.
     pub cfg_fails: u64,
@@ -23,7 +23,7 @@ pub struct Metrics {
     pub flush_count: u64,
     /// Notifications by the driver.
     pub queue_event_count: u64,
-    /// Timer events of the rate limiter. Always zero in this version.
+    /// Timer events of the rate limiter.
     pub rate_limiter_event_count: u64,
     /// Changes of the live device that were made.
     pub update_count: u64,
@@ -37,7 +37,7 @@ pub struct Metrics {
     pub read_count: u64,
     /// Writes carried out.
     pub write_count: u64,
-    /// Requests that the rate limiter held back. Always zero in this version.
+    /// Times that the rate limiter held a request back.
     pub rate_limiter_throttled_events: u64,
     /// Requests that a full engine held back. Always zero: the synchronous engine is never full.
     pub io_engine_throttled_events: u64,

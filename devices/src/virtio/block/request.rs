@@ -76,6 +76,15 @@ impl Request {
             _ => Err(Status::Unsupported),
         }
     }
+
+    /// How many bytes it moves from or to the disk.
+    pub(super) fn bytes(self, chain: &Chain<'_>) -> usize {
+        match self {
+            Self::Read { .. } => chain.writable.len(),
+            Self::Write { .. } => chain.readable.len(),
+            Self::Flush | Self::GetId => 0,
+        }
+    }
 }
 
 impl Limits {

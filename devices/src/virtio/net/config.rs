@@ -100,7 +100,7 @@ pub struct Config {
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
-/// What of a live interface can change.
+/// A change of a live interface. A bucket that is left out stays as it is, one of size or refill time zero is removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Patch {
@@ -129,11 +129,6 @@ pub enum ConfigError {
         /// What the user wrote.
         mtu: u16,
     },
-    /// Rate limiters do not exist yet.
-    #[error(
-        "rate limiters of network interfaces are not supported yet: leave rx_rate_limiter and tx_rate_limiter out, or limit the tap on the host with tc"
-    )]
-    RateLimiter,
 }
 
 impl Config {
@@ -147,7 +142,13 @@ impl Config {
         if let Some(mtu) = self.mtu.filter(|&mtu| mtu < MIN_MTU) {
             return Err(ConfigError::Mtu { mtu });
         }
-        refuse_limiters(self.rx_rate_limiter, self.tx_rate_limiter)
+        Ok(())
+    }
+
+    /// Takes in what a patch changes.
+    pub fn patch(&mut self, patch: Patch) {
+        RateLimiterConfig::patch(&mut self.rx_rate_limiter, patch.rx_rate_limiter.as_ref());
+        RateLimiterConfig::patch(&mut self.tx_rate_limiter, patch.tx_rate_limiter.as_ref());
     }
 
     /// Opens the tap and makes the device.
@@ -161,20 +162,6 @@ impl Config {
         }
         Ok(Net::new(self, Tap::open(&self.host_dev_name)?))
     }
-}
-
-impl Patch {
-    /// Checks all that can be checked without touching the device.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        refuse_limiters(self.rx_rate_limiter, self.tx_rate_limiter)
-    }
-}
-
-fn refuse_limiters(rx: Option<RateLimiterConfig>, tx: Option<RateLimiterConfig>) -> Result<(), ConfigError> {
-    if [rx, tx].iter().flatten().any(RateLimiterConfig::is_effective) {
-        return Err(ConfigError::RateLimiter);
-    }
-    Ok(())
 }
 
 /// The kernel's rule, and no '%', which would make it choose a name from a template.
@@ -275,13 +262,20 @@ mod tests {
     }
 
     #[test]
-    fn refuses_a_rate_limiter_that_would_limit() {
-        let limited =
-            r#"{"iface_id":"a","host_dev_name":"b","tx_rate_limiter":{"ops":{"size":1,"refill_time":1}}}"#;
-        assert_eq!(config(limited).validate(), Err(ConfigError::RateLimiter));
-        let empty =
-            r#"{"iface_id":"a","host_dev_name":"b","tx_rate_limiter":{"ops":{"size":0,"refill_time":1}}}"#;
-        assert_eq!(config(empty).validate(), Ok(()));
+    fn a_patch_changes_the_limits_it_names() {
+        let limits = |size| format!(r#"{{"ops":{{"size":{size},"refill_time":1}}}}"#);
+        let mut config = config(&format!(
+            r#"{{"iface_id":"a","host_dev_name":"b","rx_rate_limiter":{},"tx_rate_limiter":{}}}"#,
+            limits(1),
+            limits(2)
+        ));
+        let patch = format!(r#"{{"iface_id":"a","tx_rate_limiter":{}}}"#, limits(3));
+        config.patch(serde_json::from_str(&patch).unwrap());
+        let size = |limits: Option<RateLimiterConfig>| limits.unwrap().ops.unwrap().size;
+        assert_eq!(
+            (size(config.rx_rate_limiter), size(config.tx_rate_limiter)),
+            (1, 3)
+        );
     }
 
     #[test]

@@ -19,9 +19,9 @@ pub struct Metrics {
     pub event_fails: u64,
     /// Kicks of the receive queue.
     pub rx_queue_event_count: u64,
-    /// Events of the receive rate limiter.
+    /// Timer events of the receive rate limiter.
     pub rx_event_rate_limiter_count: u64,
-    /// Frames that the receive rate limiter held back.
+    /// Times that the receive rate limiter held a frame back.
     pub rx_rate_limiter_throttled: u64,
     /// Events of the tap.
     pub rx_tap_event_count: u64,
@@ -49,9 +49,9 @@ pub struct Metrics {
     pub tx_packets_count: u64,
     /// Kicks of the transmit queue.
     pub tx_queue_event_count: u64,
-    /// Events of the transmit rate limiter.
+    /// Timer events of the transmit rate limiter.
     pub tx_rate_limiter_event_count: u64,
-    /// Frames that the transmit rate limiter held back.
+    /// Times that the transmit rate limiter held a frame back.
     pub tx_rate_limiter_throttled: u64,
     /// Frames sent under another Ethernet address than `guest_mac`.
     pub tx_spoofed_mac_count: u64,

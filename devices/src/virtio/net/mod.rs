@@ -30,9 +30,10 @@ pub use tap::{OpenError, Tap};
 use self::rx::Rx;
 use self::tx::Tx;
 use super::{
-    Blob, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, StateError, UpdateError, Vector,
+    Blob, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, StateError, Throttle, UpdateError, Vector,
     VirtioDevice, feature as virtio,
 };
+use crate::rate_limiter;
 
 /// Index of the queue for what the guest receives.
 pub const RX: u16 = 0;
@@ -42,8 +43,11 @@ pub const TX: u16 = 1;
 const QUEUE_SIZE: u16 = 256;
 /// The most frames moved in one direction before others have their turn.
 const TURN: usize = 64;
-/// The device's only descriptor.
+/// The device's descriptors: the backend, and the timers of the rate limiters.
 const BACKEND_TOKEN: u32 = 0;
+const RX_LIMITER_TOKEN: u32 = 1;
+const TX_LIMITER_TOKEN: u32 = 2;
+const KIND: &str = "net";
 /// `status` in the configuration space: the link is up.
 const LINK_UP: u16 = 1;
 
@@ -74,10 +78,13 @@ impl Wire<'_> {
     }
 }
 
-/// What a snapshot keeps: nothing. Config and features say it all, and a frame on its way may be lost.
+/// What a snapshot keeps beside config and features. A frame on its way may be lost.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct State {}
+struct State {
+    rx_rate_limiter: rate_limiter::State,
+    tx_rate_limiter: rate_limiter::State,
+}
 
 /// A network device.
 pub struct Net<B = Tap> {
@@ -93,7 +100,7 @@ pub struct Net<B = Tap> {
 }
 
 impl<B: Backend> Net<B> {
-    /// A device on `backend`; of `config` it takes address and MTU.
+    /// A device on `backend`; of `config` it takes address, MTU and limits.
     pub fn new(config: &Config, backend: B) -> Self {
         let mut features = virtio::COMMON | feature::MRG_RXBUF | feature::STATUS | backend.offloads();
         if config.guest_mac.is_some() {
@@ -112,9 +119,10 @@ impl<B: Backend> Net<B> {
             config_space: config_space(config),
             offloads: backend.offloads() & feature::GUEST_OFFLOADS,
             backend,
-            rx: Rx::new(),
+            rx: Rx::new(Throttle::new(config.rx_rate_limiter.as_ref(), RX_LIMITER_TOKEN)),
             tx: Tx {
                 guest_mac: config.guest_mac,
+                throttle: Throttle::new(config.tx_rate_limiter.as_ref(), TX_LIMITER_TOKEN),
             },
             metrics: Metrics::default(),
         }
@@ -131,11 +139,17 @@ impl<B: Backend> Net<B> {
             }
             self.offloads = offloads;
         }
+        self.rx.throttle.activate(io)?;
+        self.tx.throttle.activate(io)?;
         let fd = self.backend.as_fd().as_raw_fd();
         io.watch.add(fd, BACKEND_TOKEN).map_err(host("watch the tap"))
     }
 
-    fn transmit(&mut self, io: &mut Io<'_>) -> Result<(), QueueError> {
+    fn transmit(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if self.tx.throttle.is_holding() {
+            return Ok(());
+        }
+        self.tx.throttle.begin(io.clock);
         let mut ring = io.queues[usize::from(TX)].open(io.mem)?;
         let wire = Wire {
             fd: self.backend.as_fd(),
@@ -152,15 +166,16 @@ impl<B: Backend> Net<B> {
         if progress == Progress::More {
             io.again = Some(TX);
         }
-        Ok(())
+        self.tx.throttle.settle(io.clock)
     }
 
     /// Does nothing before the driver has set the queue up: frames wait in the backend.
-    fn receive(&mut self, io: &mut Io<'_>) -> Result<(), QueueError> {
+    fn receive(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let queue = &mut io.queues[usize::from(RX)];
-        if !queue.config().ready {
+        if !queue.config().ready || self.rx.throttle.is_holding() {
             return Ok(());
         }
+        self.rx.throttle.begin(io.clock);
         let mut ring = queue.open(io.mem)?;
         let wire = Wire {
             fd: self.backend.as_fd(),
@@ -177,13 +192,13 @@ impl<B: Backend> Net<B> {
         if progress == Progress::More {
             io.again = Some(RX);
         }
-        Ok(())
+        self.rx.throttle.settle(io.clock)
     }
 
-    /// Counts a broken queue.
-    fn checked(&mut self, result: Result<(), QueueError>) -> Result<(), DeviceError> {
+    /// Counts an event that ends the device's work.
+    fn checked(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
         self.metrics.event_fails += u64::from(result.is_err());
-        Ok(result?)
+        result
     }
 }
 
@@ -213,29 +228,53 @@ impl<B: Backend> VirtioDevice for Net<B> {
         self.checked(result)
     }
 
-    fn on_event(&mut self, _token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        self.metrics.rx_tap_event_count += 1;
-        let result = self.receive(io);
+    fn on_event(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let metrics = &mut self.metrics;
+        let result = match token {
+            BACKEND_TOKEN => {
+                metrics.rx_tap_event_count += 1;
+                self.receive(io)
+            }
+            RX_LIMITER_TOKEN if self.rx.throttle.release() => {
+                metrics.rx_event_rate_limiter_count += 1;
+                self.receive(io)
+            }
+            TX_LIMITER_TOKEN if self.tx.throttle.release() => {
+                metrics.tx_rate_limiter_event_count += 1;
+                self.transmit(io)
+            }
+            _ => Ok(()),
+        };
         self.checked(result)
     }
 
     fn reset(&mut self) {
         self.rx.reset();
+        self.tx.throttle.reset();
     }
 
-    fn update(&mut self, patch: Value, _io: &mut Io<'_>) -> Result<(), UpdateError> {
+    fn update(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError> {
         let patch: Patch = serde_json::from_value(patch)?;
-        patch
-            .validate()
-            .map_err(|error| UpdateError::Device(error.into()))
+        let (rx, tx) = (patch.rx_rate_limiter.as_ref(), patch.tx_rate_limiter.as_ref());
+        self.rx.throttle.prepare(rx, io)?;
+        self.tx.throttle.prepare(tx, io)?;
+        self.rx.throttle.patch(rx);
+        self.tx.throttle.patch(tx);
+        Ok(())
     }
 
     fn save(&self) -> Blob {
-        Blob::new("net", 1, &State {})
+        let state = State {
+            rx_rate_limiter: self.rx.throttle.save(),
+            tx_rate_limiter: self.tx.throttle.save(),
+        };
+        Blob::new(KIND, 1, &state)
     }
 
     fn load(&mut self, state: Blob) -> Result<(), StateError> {
-        state.open::<State>("net", 1).map(|State {}| ())
+        let state: State = state.open(KIND, 1)?;
+        self.rx.throttle.load(KIND, state.rx_rate_limiter)?;
+        self.tx.throttle.load(KIND, state.tx_rate_limiter)
     }
 
     fn metrics(&self) -> Value {

@@ -4,14 +4,14 @@
 //! the longest frame before each read is slow, as most frames are short, and fails on a small queue. So [`Rx`]
 //! gathers what recent frames needed, and puts a buffer of its own, `spill`, behind: the rare frame that is longer
 //! than expected ends there and is copied on. When the guest has no room for that, the frame is held in `spill`
-//! until it has.
+//! until it has. There it also waits when the rate limiter does not let it pass, and nothing is read meanwhile.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
 use super::backend::{HEADER_LEN, MAX_FRAME_LEN};
 use super::{Metrics, Progress, TURN, Wire};
-use crate::virtio::{Buffers, Chain, QueueError, Ring};
+use crate::virtio::{Buffers, Chain, QueueError, Ring, Throttle};
 
 /// Offset of `num_buffers` in the header.
 const NUM_BUFFERS: usize = 10;
@@ -27,11 +27,13 @@ const MAX_STALE: usize = 4096;
 pub(super) struct Rx {
     /// Whether the driver takes a frame in several buffers.
     pub(super) mergeable: bool,
+    /// Limits what is received.
+    pub(super) throttle: Throttle,
     /// How many bytes to gather before a read.
     expected: usize,
     /// Takes the end of a frame that is longer than expected.
     spill: Box<[u8]>,
-    /// Length of the whole frame that waits in `spill` for buffers; zero when there is none.
+    /// Length of the whole frame that waits in `spill`; zero when there is none.
     held: usize,
 }
 
@@ -59,21 +61,25 @@ enum Step {
     NoFrame,
     /// The guest has no buffers, or not enough.
     NoRoom,
+    /// It is too early for the next frame.
+    Held,
 }
 
 impl Rx {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(throttle: Throttle) -> Self {
         Self {
             mergeable: false,
+            throttle,
             expected: ORDINARY_FRAME_LEN,
             spill: vec![0; MAX_FRAME_LEN].into(),
             held: 0,
         }
     }
 
-    /// Forgets the frame that waits for buffers.
+    /// Forgets the frame that waits.
     pub(super) fn reset(&mut self) {
         self.held = 0;
+        self.throttle.reset();
     }
 
     /// Throws away what waits in the backend: it was made for a driver that could take more.
@@ -110,7 +116,7 @@ impl Rx {
         for _ in 0..TURN {
             match self.step(wire, room, metrics)? {
                 Step::Moved => {}
-                Step::NoFrame => return Ok(Progress::Done),
+                Step::NoFrame | Step::Held => return Ok(Progress::Done),
                 Step::NoRoom => {
                     metrics.no_rx_avail_buffer += 1;
                     // What is in the room counts as taken, so the driver tells of buffers beyond that.
@@ -171,6 +177,11 @@ impl Rx {
         self.held = 0;
         let valid = len <= MAX_FRAME_LEN;
         if valid && len <= room.buffers.len() {
+            if !self.throttle.take(len) {
+                metrics.rx_rate_limiter_throttled += 1;
+                self.hold(len, direct, room);
+                return Ok(Step::Held);
+            }
             room.buffers.write(direct, &self.spill[..len - direct]);
             room.finish(len);
             metrics.rx_bytes_count += len as u64;
@@ -179,14 +190,19 @@ impl Rx {
             return Ok(Step::Moved);
         }
         if valid && self.mergeable && !room.full && room.count() < room.ring.size() {
-            self.spill.copy_within(..len - direct, direct);
-            room.buffers.read(0, &mut self.spill[..direct]);
-            self.held = len;
+            self.hold(len, direct, room);
             return Ok(Step::NoRoom);
         }
         // No host should send such a frame, or not even all buffers that the driver can offer would do.
         metrics.rx_fails += 1;
         Ok(Step::Moved)
+    }
+
+    /// Puts the whole frame into `spill`.
+    fn hold(&mut self, len: usize, direct: usize, room: &Room<'_, '_, '_>) {
+        self.spill.copy_within(..len - direct, direct);
+        room.buffers.read(0, &mut self.spill[..direct]);
+        self.held = len;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::backend::{HEADER_LEN, MAX_FRAME_LEN};
 use super::{MacAddr, Metrics, Progress, TURN, Wire};
-use crate::virtio::{Buffers, Chain, QueueError, Ring};
+use crate::virtio::{Buffers, Chain, QueueError, Ring, Throttle};
 
 /// A header and the Ethernet header behind it.
 const MIN_FRAME_LEN: usize = HEADER_LEN + 14;
@@ -13,6 +13,8 @@ const SOURCE_MAC: usize = HEADER_LEN + 6;
 pub(super) struct Tx {
     /// The address that the guest was given, when it was.
     pub(super) guest_mac: Option<MacAddr>,
+    /// Limits what is sent.
+    pub(super) throttle: Throttle,
 }
 
 impl Tx {
@@ -21,7 +23,7 @@ impl Tx {
     /// A frame that the host does not take is lost and counted, as on a wire: a tap has no queue in this direction
     /// that could fill up, so waiting would only hold back the frames behind.
     pub(super) fn drain(
-        &self,
+        &mut self,
         wire: &Wire<'_>,
         ring: &mut Ring<'_, '_>,
         metrics: &mut Metrics,
@@ -31,6 +33,12 @@ impl Tx {
         metrics.no_tx_avail_buffer += u64::from(ring.pending()? == 0);
         for _ in 0..TURN {
             if ring.pop(&mut chain)? {
+                if is_frame(&chain.readable) && !self.throttle.take(chain.readable.len()) {
+                    metrics.tx_rate_limiter_throttled += 1;
+                    ring.unpop(1);
+                    ring.publish();
+                    return Ok(Progress::Done);
+                }
                 self.send(wire, &chain.readable, metrics);
                 ring.push(chain.head(), 0);
             } else if ring.enable_notify()? {
@@ -46,7 +54,7 @@ impl Tx {
     }
 
     fn send(&self, wire: &Wire<'_>, frame: &Buffers<'_>, metrics: &mut Metrics) {
-        if !(MIN_FRAME_LEN..=MAX_FRAME_LEN).contains(&frame.len()) {
+        if !is_frame(frame) {
             metrics.tx_malformed_frames += 1;
             metrics.tx_fails += 1;
             return;
@@ -65,6 +73,10 @@ impl Tx {
             wire.complain("writing a frame", metrics.tap_write_fails, &result);
         }
     }
+}
+
+fn is_frame(buffers: &Buffers<'_>) -> bool {
+    (MIN_FRAME_LEN..=MAX_FRAME_LEN).contains(&buffers.len())
 }
 
 fn sender(frame: &Buffers<'_>) -> MacAddr {

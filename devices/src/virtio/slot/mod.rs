@@ -13,8 +13,8 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Blob, ConfigSpace, DeviceInfo, Health, Histogram, InterruptMetrics, Io, Irq, Lane, LaneHost, LaneId,
-    Queue, QueueConfig, Report, StateError, UpdateError, Vector, VirtioDevice, Watch, feature,
+    Blob, ConfigSpace, DeviceInfo, Health, Histogram, HostClock, InterruptMetrics, Io, Irq, Lane, LaneHost,
+    LaneId, Queue, QueueConfig, Report, StateError, UpdateError, Vector, VirtioDevice, Watch, feature,
 };
 use crate::SharedMemory;
 use crate::bus::BusDevice;
@@ -294,6 +294,7 @@ impl VirtioSlot {
                         irq,
                         watch: &NoWatch,
                         config: &self.config,
+                        clock: &HostClock,
                         features,
                         again: None,
                     },

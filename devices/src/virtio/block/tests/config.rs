@@ -64,13 +64,6 @@ fn refuses_what_this_version_does_not_have() {
         refusal(r#"{"drive_id":"a","socket":"/s","is_root_device":false}"#),
         ConfigError::VhostUser { .. }
     ));
-    assert!(matches!(
-        refusal(
-            r#"{"drive_id":"a","path_on_host":"/x","is_root_device":false,
-                "rate_limiter":{"ops":{"size":1,"refill_time":1}}}"#
-        ),
-        ConfigError::RateLimiter { .. }
-    ));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Tests of the drive, with a driver in plain memory and images in temporary files.
 
 mod config;
+mod limits;
 mod live;
 mod noise;
 mod requests;
@@ -127,6 +128,35 @@ impl<'m> Guest<'m> {
         let mut io = testing::io(self.mem, &mut self.queues, &self.recorder, self.features);
         device.on_queue(0, &mut io)?;
         Ok(io.again)
+    }
+
+    /// Activates the device.
+    fn activate(&mut self, device: &mut Block) {
+        let mut io = testing::io(self.mem, &mut self.queues, &self.recorder, self.features);
+        device.activate(&mut io).unwrap();
+    }
+
+    /// Tells the device that its limiter's timer has expired.
+    fn expire(&mut self, device: &mut Block) {
+        let mut io = testing::io(self.mem, &mut self.queues, &self.recorder, self.features);
+        device.on_event(0, &mut io).unwrap();
+    }
+
+    /// Offers a request of `sectors` from sector 0 on, without a kick.
+    fn offer(&mut self, kind: u32, sectors: u32) {
+        let header = HEADER + 0x200 * u64::from(kind % 16);
+        self.header(header, kind, 0);
+        let data = match kind {
+            OUT => readable(DATA, 512 * sectors),
+            _ => writable(DATA, 512 * sectors),
+        };
+        self.driver
+            .offer(&[readable(header, 16), data, writable(STATUS, 1)]);
+    }
+
+    /// How many requests were answered since the last call.
+    fn answered(&mut self) -> usize {
+        std::iter::from_fn(|| self.driver.used()).count()
     }
 
     /// Calls the device until it is done; returns how often.

@@ -1,6 +1,7 @@
 //! The network device from the outside: a [`Guest`] with both queues in plain memory, and a socket pair for the tap.
 
 mod device;
+mod limits;
 mod noise;
 mod rx;
 mod tap;
@@ -16,7 +17,7 @@ use super::feature::{GUEST_CSUM, GUEST_TSO4, MRG_RXBUF};
 use super::{Backend, Config, HEADER_LEN, Net, RX, TX};
 use crate::GuestMemory;
 use crate::testing::{self, Driver, Recorder, memory, writable};
-use crate::virtio::{DeviceError, DeviceKind, Queue, VirtioDevice};
+use crate::virtio::{DeviceError, DeviceKind, Queue, UpdateError, VirtioDevice};
 
 /// Where the guest's buffers start; the rings lie below.
 const BUFFERS: u64 = 0x10_0000;
@@ -113,6 +114,12 @@ impl<'m> Guest<'m> {
         let result = work(&mut self.net, &mut io);
         self.again = io.again;
         result
+    }
+
+    fn update(&mut self, patch: &str) -> Result<(), UpdateError> {
+        let patch = serde_json::from_str(patch).unwrap();
+        let mut io = testing::io(self.mem, &mut self.queues, &self.recorder, self.features);
+        self.net.update(patch, &mut io)
     }
 
     fn kick_rx(&mut self) {

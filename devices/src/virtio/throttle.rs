@@ -1,0 +1,263 @@
+//! [`Throttle`]: a rate limiter at work in a device, for all of its requests or for those of one direction.
+//!
+//! It looks at the clock once for a batch of requests, and its timer is set only while a request is held back: to the
+//! moment at which that one can go. The request itself stays in its queue. An unlimited throttle costs a comparison.
+//!
+//! ```text
+//! fn on_queue(..) {
+//!     if self.throttle.is_holding() { return Ok(()) }
+//!     self.throttle.begin(io.clock);
+//!     while ring.pop(&mut chain)? {
+//!         if !self.throttle.take(bytes) { ring.unpop(1); break }
+//!         ..
+//!     }
+//!     self.throttle.settle(io.clock)
+//! }
+//! fn on_event(token, ..) { if self.throttle.release() { /* work on the queue as above */ } }
+//! ```
+//!
+//! Beyond that a device calls [`Throttle::activate`], [`Throttle::reset`], and for changes [`Throttle::prepare`] and
+//! [`Throttle::patch`]. An event that comes while the machine is paused is not lost: the lane replays it.
+
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use super::{Clock, DeviceError, Io, StateError, UpdateError};
+use crate::rate_limiter::{self, RateLimiter, RateLimiterConfig};
+use crate::timer::Timer;
+
+/// A rate limiter with its timer.
+pub struct Throttle {
+    limiter: RateLimiter,
+    /// The device's token for the timer.
+    token: u32,
+    /// Made when something is limited for the first time, and kept: its loop watches it.
+    timer: Option<Timer>,
+    /// The moment of this batch, when it matters.
+    now: Option<Instant>,
+    /// When the request that is held back can go.
+    held_until: Option<Instant>,
+}
+
+impl Throttle {
+    /// A throttle whose timer has this token of the device.
+    pub fn new(limits: Option<&RateLimiterConfig>, token: u32) -> Self {
+        Self {
+            limiter: limits.map(RateLimiter::new).unwrap_or_default(),
+            token,
+            timer: None,
+            now: None,
+            held_until: None,
+        }
+    }
+
+    /// Watches the timer, when there is a limit.
+    pub fn activate(&mut self, io: &Io<'_>) -> Result<(), DeviceError> {
+        if self.limiter.limits_something() && self.timer.is_none() {
+            self.timer = Some(Timer::new().map_err(failed("make the timer of a rate limiter"))?);
+        }
+        let Some(timer) = &self.timer else { return Ok(()) };
+        let watched = io.watch.add(timer.as_raw_fd(), self.token);
+        watched.map_err(failed("watch the timer of a rate limiter"))
+    }
+
+    /// Forgets what was held back. What was used up stays used up, or a guest could reset a limit away. The timer may
+    /// still be set, but nobody watches it now, and a later event finds nothing held back.
+    pub fn reset(&mut self) {
+        self.held_until = None;
+    }
+
+    /// True while a request waits for its time. The timer's event will come; there is nothing to do until then.
+    #[inline]
+    pub fn is_holding(&self) -> bool {
+        self.held_until.is_some()
+    }
+
+    /// Begins a batch of requests.
+    #[inline]
+    pub fn begin(&mut self, clock: &dyn Clock) {
+        if self.limiter.limits_something() {
+            let now = clock.now();
+            self.now = Some(now);
+            self.limiter.refill(now);
+        }
+    }
+
+    /// Whether a request that moves `bytes` can go now, and is paid for. If not, nothing behind it can, and the batch
+    /// ends.
+    #[inline]
+    pub fn take(&mut self, bytes: usize) -> bool {
+        match self.now {
+            None => true,
+            Some(now) => self.take_at(bytes, now),
+        }
+    }
+
+    fn take_at(&mut self, bytes: usize, now: Instant) -> bool {
+        let bytes = u64::try_from(bytes).expect("a usize fits");
+        match self.limiter.take(bytes) {
+            Ok(()) => true,
+            Err(wait) => {
+                self.held_until = Some(now + wait);
+                false
+            }
+        }
+    }
+
+    /// Ends a batch: sets the timer when a request is held back.
+    #[inline]
+    pub fn settle(&mut self, clock: &dyn Clock) -> Result<(), DeviceError> {
+        self.now = None;
+        match self.held_until {
+            None => Ok(()),
+            Some(moment) => self.set_timer(moment.saturating_duration_since(clock.now())),
+        }
+    }
+
+    fn set_timer(&mut self, delay: Duration) -> Result<(), DeviceError> {
+        let timer = self.timer.as_mut().expect("a limit has made the timer");
+        timer
+            .set(delay)
+            .map_err(failed("set the timer of a rate limiter"))
+    }
+
+    /// Takes the timer's event; true when something was held back and can be tried again.
+    pub fn release(&mut self) -> bool {
+        self.held_until.take().is_some()
+    }
+
+    /// Does all that can fail of a change to `limits`; [`Throttle::patch`] then makes it. What is held back is tried
+    /// again after that, at once.
+    pub fn prepare(&mut self, limits: Option<&RateLimiterConfig>, io: &Io<'_>) -> Result<(), UpdateError> {
+        let host = |op: &str| {
+            let op = op.to_owned();
+            |source| UpdateError::Host { op, source }
+        };
+        if self.timer.is_none() && limits.is_some_and(RateLimiterConfig::is_effective) {
+            let timer = Timer::new().map_err(host("make the timer of a rate limiter"))?;
+            let watched = io.watch.add(timer.as_raw_fd(), self.token);
+            watched.map_err(host("watch the timer of a rate limiter"))?;
+            self.timer = Some(timer);
+        }
+        match &mut self.timer {
+            Some(timer) if self.held_until.is_some() && limits.is_some() => timer
+                .set(Duration::ZERO)
+                .map_err(host("set the timer of a rate limiter")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Changes the limits as the user's patch says.
+    pub fn patch(&mut self, limits: Option<&RateLimiterConfig>) {
+        if let Some(limits) = limits {
+            self.limiter.patch(limits);
+        }
+    }
+
+    /// What is left of the limits, for a snapshot.
+    pub fn save(&self) -> rate_limiter::State {
+        self.limiter.save(Instant::now())
+    }
+
+    /// Takes over what was left; nothing changes when it does not belong to these limits.
+    pub fn load(&mut self, kind: &'static str, state: rate_limiter::State) -> Result<(), StateError> {
+        let inconsistent = |error: rate_limiter::StateError| StateError::Inconsistent {
+            kind,
+            what: error.to_string(),
+        };
+        self.limiter.load(state).map_err(inconsistent)
+    }
+}
+
+fn failed(op: &'static str) -> impl Fn(std::io::Error) -> DeviceError {
+    move |source| DeviceError::Host { op, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, Recorder};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn one_an_hour() -> RateLimiterConfig {
+        serde_json::from_str(r#"{"ops":{"size":1,"refill_time":3600000}}"#).unwrap()
+    }
+
+    /// Time until the timer expires; zero when it is not set.
+    fn timer_left(throttle: &Throttle) -> Duration {
+        let zero = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let mut left = libc::itimerspec {
+            it_interval: zero,
+            it_value: zero,
+        };
+        let fd = throttle.timer.as_ref().unwrap().as_raw_fd();
+        // SAFETY: needed as no wrapper tells what is left. The kernel writes one value to a place that lives longer.
+        assert_eq!(unsafe { libc::timerfd_gettime(fd, &mut left) }, 0);
+        Duration::from_secs(u64::try_from(left.it_value.tv_sec).unwrap())
+    }
+
+    fn activated(throttle: &mut Throttle, recorder: &Recorder) {
+        let mem = testing::memory(0x1000);
+        let io = testing::io(&mem, &mut [], recorder, 0);
+        throttle.activate(&io).unwrap();
+    }
+
+    #[test]
+    fn the_timer_is_set_only_while_something_is_held_back() {
+        let recorder = testing::recorder();
+        let mut throttle = Throttle::new(Some(&one_an_hour()), 7);
+        activated(&mut throttle, &recorder);
+        throttle.begin(&*recorder);
+        assert!(throttle.take(1));
+        throttle.settle(&*recorder).unwrap();
+        assert_eq!(
+            (throttle.is_holding(), timer_left(&throttle)),
+            (false, Duration::ZERO)
+        );
+
+        throttle.begin(&*recorder);
+        assert!(!throttle.take(1));
+        throttle.settle(&*recorder).unwrap();
+        let left = timer_left(&throttle);
+        assert!(
+            throttle.is_holding() && left > HOUR / 2 && left <= HOUR,
+            "{left:?}"
+        );
+        assert!(throttle.release() && !throttle.release());
+    }
+
+    #[test]
+    fn the_timer_counts_from_the_moment_at_which_it_is_set() {
+        let recorder = testing::recorder();
+        let mut throttle = Throttle::new(Some(&one_an_hour()), 7);
+        activated(&mut throttle, &recorder);
+        throttle.begin(&*recorder);
+        assert!(throttle.take(1) && !throttle.take(1));
+        recorder.pass(HOUR - Duration::from_secs(60));
+        throttle.settle(&*recorder).unwrap();
+        assert!(timer_left(&throttle) <= Duration::from_secs(60));
+    }
+
+    #[test]
+    fn a_timer_is_watched_once_it_is_needed_and_on_every_activation() {
+        let (recorder, mem) = (testing::recorder(), testing::memory(0x1000));
+        let mut throttle = Throttle::new(None, 7);
+        activated(&mut throttle, &recorder);
+        let io = testing::io(&mem, &mut [], &recorder, 0);
+        let disabled = serde_json::from_str(r#"{"ops":{"size":0,"refill_time":1}}"#).unwrap();
+        throttle.prepare(Some(&disabled), &io).unwrap();
+        assert!(throttle.timer.is_none() && recorder.watched.lock().unwrap().is_empty());
+
+        throttle.prepare(Some(&one_an_hour()), &io).unwrap();
+        throttle.prepare(Some(&one_an_hour()), &io).unwrap();
+        let fd = throttle.timer.as_ref().unwrap().as_raw_fd();
+        assert_eq!(*recorder.watched.lock().unwrap(), [(fd, 7)]);
+        throttle.reset();
+        activated(&mut throttle, &recorder);
+        assert_eq!(recorder.watched.lock().unwrap().len(), 2);
+    }
+}
