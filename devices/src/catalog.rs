@@ -3,7 +3,8 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, net, rng};
+use crate::memory_host::MemoryHost;
+use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, net, pmem, rng};
 
 /// The config of any device.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,10 +15,17 @@ pub enum DeviceConfig {
     Net(net::Config),
     /// The entropy device.
     Entropy(rng::Config),
+    /// A file as memory.
+    Pmem(pmem::Config),
 }
 
 /// All kinds of devices.
-pub const KINDS: [DeviceKind; 3] = [DeviceKind::Block, DeviceKind::Net, DeviceKind::Entropy];
+pub const KINDS: [DeviceKind; 4] = [
+    DeviceKind::Block,
+    DeviceKind::Net,
+    DeviceKind::Entropy,
+    DeviceKind::Pmem,
+];
 
 /// The counters of a device that has done nothing, as one JSON object.
 pub fn blank_metrics(kind: DeviceKind) -> Value {
@@ -28,6 +36,7 @@ pub fn blank_metrics(kind: DeviceKind) -> Value {
         DeviceKind::Block => blank::<block::Metrics>(),
         DeviceKind::Net => blank::<net::Metrics>(),
         DeviceKind::Entropy => blank::<rng::Metrics>(),
+        DeviceKind::Pmem => blank::<pmem::Metrics>(),
     }
 }
 
@@ -40,6 +49,9 @@ pub enum BuildError {
     /// A network card.
     #[error("Could not create the network device")]
     Net(#[from] net::OpenError),
+    /// A file as memory.
+    #[error("Unable to create the virtio pmem device")]
+    Pmem(#[from] pmem::OpenError),
 }
 
 impl DeviceConfig {
@@ -49,6 +61,7 @@ impl DeviceConfig {
             Self::Block(_) => DeviceKind::Block,
             Self::Net(_) => DeviceKind::Net,
             Self::Entropy(_) => DeviceKind::Entropy,
+            Self::Pmem(_) => DeviceKind::Pmem,
         }
     }
 
@@ -58,6 +71,7 @@ impl DeviceConfig {
             Self::Block(config) => &config.drive_id,
             Self::Net(config) => &config.iface_id,
             Self::Entropy(_) => "entropy",
+            Self::Pmem(config) => &config.id,
         }
     }
 
@@ -66,6 +80,8 @@ impl DeviceConfig {
         match self {
             Self::Block(config) => config.patch(serde_json::from_value(patch.clone())?),
             Self::Net(config) => config.patch(serde_json::from_value(patch.clone())?),
+            // Its patch changes limits only.
+            Self::Pmem(_) => {}
             Self::Entropy(_) => {
                 return Err(UpdateError::Refused("this device takes no changes".into()));
             }
@@ -73,12 +89,25 @@ impl DeviceConfig {
         Ok(())
     }
 
-    /// Opens what the device needs and makes it.
-    pub fn build(&self) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    /// Checks what can be checked before there is a machine: what the device needs is opened to see that it can be,
+    /// and let go of again. A pmem device's file is not, as clients may make it later.
+    pub fn check(&self) -> Result<(), BuildError> {
+        match self {
+            Self::Block(config) => drop(config.build()?),
+            Self::Net(config) => drop(config.build()?),
+            Self::Entropy(_) => {}
+            Self::Pmem(config) => config.validate().map_err(pmem::OpenError::from)?,
+        }
+        Ok(())
+    }
+
+    /// Opens what the device needs and makes it. Memory that it gives the guest comes from `host`.
+    pub fn build(&self, host: &dyn MemoryHost) -> Result<Box<dyn VirtioDevice>, BuildError> {
         Ok(match self {
             Self::Block(config) => Box::new(config.build()?),
             Self::Net(config) => Box::new(config.build()?),
             Self::Entropy(config) => Box::new(config.build()),
+            Self::Pmem(config) => Box::new(config.build(host)?),
         })
     }
 }

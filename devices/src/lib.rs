@@ -16,6 +16,7 @@ pub mod acpi;
 pub mod bus;
 pub mod catalog;
 pub mod legacy;
+pub mod memory_host;
 pub mod pci;
 pub mod rate_limiter;
 #[cfg(any(test, feature = "testing"))]

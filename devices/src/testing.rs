@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test helper fails the test")]
 
+mod ledger;
+
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,6 +14,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
+
+pub use ledger::{Account, LEDGER_START, Ledger};
 
 use crate::GuestMemory;
 use crate::virtio::{

@@ -43,6 +43,34 @@ impl Drive {
     }
 }
 
+/// A file as memory.
+#[derive(Debug, Clone)]
+pub struct Pmem(Value);
+
+impl Pmem {
+    /// A writable device.
+    pub fn new(id: &str, file: impl AsRef<Path>) -> Self {
+        let path = file.as_ref().display().to_string();
+        Self(json!({"id": id, "path_on_host": path}))
+    }
+
+    /// Makes it the root device.
+    pub fn root(mut self) -> Self {
+        self.0["root_device"] = true.into();
+        self
+    }
+
+    /// The guest's writes do not reach the file.
+    pub fn read_only(mut self) -> Self {
+        self.0["read_only"] = true.into();
+        self
+    }
+
+    pub(crate) fn into_json(self) -> Value {
+        self.0
+    }
+}
+
 /// A network card.
 #[derive(Debug, Clone)]
 pub struct Net(Value);

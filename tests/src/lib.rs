@@ -36,7 +36,7 @@ mod vm;
 
 pub use client::{Client, Response};
 pub use console::Console;
-pub use devices::{Drive, Net};
+pub use devices::{Drive, Net, Pmem};
 pub use environment::{GuestImage, binary};
 pub use failure::{Failure, Result};
 pub use guest::{Guest, Output};

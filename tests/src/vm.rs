@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::environment::{count_guest, require_fast_kvm, require_kvm};
 use crate::guest::{Dialogue, Guest};
-use crate::{Drive, GuestImage, Monitor, MonitorBuilder, Net, Result};
+use crate::{Drive, GuestImage, Monitor, MonitorBuilder, Net, Pmem, Result};
 
 /// Arguments for the guest images: a quiet console with the agent on it, and resets that end the machine.
 const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet mayfly.agent";
@@ -35,6 +35,7 @@ pub struct TestVm {
     boot_args: String,
     drives: Vec<Drive>,
     nets: Vec<Net>,
+    pmem: Vec<Pmem>,
     sections: Map<String, Value>,
 }
 
@@ -52,6 +53,7 @@ impl TestVm {
             boot_args: BOOT_ARGS.into(),
             drives: Vec::new(),
             nets: Vec::new(),
+            pmem: Vec::new(),
             sections: Map::new(),
         }
     }
@@ -90,6 +92,12 @@ impl TestVm {
     /// Adds a network card.
     pub fn net(mut self, net: Net) -> Self {
         self.nets.push(net);
+        self
+    }
+
+    /// Adds a file as memory.
+    pub fn pmem(mut self, pmem: Pmem) -> Self {
+        self.pmem.push(pmem);
         self
     }
 
@@ -139,6 +147,7 @@ impl TestVm {
             "boot-source": self.boot_source()?,
             "drives": self.drives.iter().cloned().map(Drive::into_json).collect::<Vec<_>>(),
             "network-interfaces": self.nets.iter().cloned().map(Net::into_json).collect::<Vec<_>>(),
+            "pmem": self.pmem.iter().cloned().map(Pmem::into_json).collect::<Vec<_>>(),
         });
         for (name, value) in &self.sections {
             config[name] = value.clone();
@@ -210,6 +219,7 @@ fn put_config(monitor: &Monitor, config: &Value) -> Result {
         let id_key = match section.as_str() {
             "drives" => "drive_id",
             "network-interfaces" => "iface_id",
+            "pmem" => "id",
             _ => {
                 monitor.put(&format!("/{section}"), value)?.success()?;
                 continue;

@@ -41,7 +41,6 @@ fn resources_to_come_are_refused_with_a_reason() -> Result {
         ("GET", "/balloon", ""),
         ("PUT", "/vsock", "{}"),
         ("PUT", "/cpu-config", "{}"),
-        ("PUT", "/pmem/a", "{}"),
         ("PUT", "/mmds", "{}"),
         ("GET", "/mmds", ""),
         ("PUT", "/mmds/config", "{}"),
@@ -49,6 +48,7 @@ fn resources_to_come_are_refused_with_a_reason() -> Result {
         ("PUT", "/snapshot/load", "{}"),
         ("PUT", "/hotplug/memory", "{}"),
         ("DELETE", "/drives/a", ""),
+        ("DELETE", "/pmem/a", ""),
         ("DELETE", "/network-interfaces/a", ""),
     ] {
         let text = fault(&monitor, method, path, body)?;

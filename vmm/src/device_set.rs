@@ -16,6 +16,7 @@ use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
 use devices::virtio::{DeviceKind, LaneHost, Transport, UpdateError, VirtioDevice};
 use serde_json::{Map, Value, json};
 
+use crate::device_memory::DeviceMemory;
 use crate::kvm::{self, KvmError};
 use crate::metrics::add_to_sum;
 use crate::pci_wiring::{Bars, Lines, MsiGsis};
@@ -96,6 +97,8 @@ pub struct Platform {
     pub mmio: Arc<Bus>,
     /// Guest memory.
     pub memory: SharedMemory,
+    /// Memory that devices add to it.
+    pub device_memory: DeviceMemory,
     /// The loop that runs the devices.
     pub host: Arc<dyn LaneHost>,
 }
@@ -163,10 +166,12 @@ impl DeviceSet {
     /// Makes the device and plugs it in.
     pub fn attach(&mut self, config: DeviceConfig) -> Result<(), DeviceSetError> {
         let id = config.id();
-        let device = config.build().map_err(|source| DeviceSetError::Build {
-            id: id.into(),
-            source,
-        })?;
+        let device = config
+            .build(&self.platform.device_memory)
+            .map_err(|source| DeviceSetError::Build {
+                id: id.into(),
+                source,
+            })?;
         let transport = match self.wiring {
             Wiring::Pci { .. } => self.attach_pci(id, device)?,
             Wiring::Mmio { .. } => self.attach_mmio(id, device)?,

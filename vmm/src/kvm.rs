@@ -7,20 +7,21 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::GuestMemory;
 use devices::pci::MsiMessage;
 use kvm_bindings::{
     CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KVM_VCPU_TSC_CTRL,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET, KvmIrqRouting, kvm_clock_data, kvm_device_attr, kvm_irq_routing_entry,
     kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::memory::GuestRegion;
 use crate::x86_64::layout;
 
 /// The KVM interface version that every kernel since 2.6.22 has.
@@ -61,6 +62,9 @@ pub enum KvmError {
     /// All interrupt numbers are taken.
     #[error("no interrupt number is left for another device; detach one first")]
     NoGsi,
+    /// All memory slots are taken.
+    #[error("all {0} memory slots of this host's KVM are taken; use fewer or larger ones")]
+    NoMemorySlot(u32),
 }
 
 /// Turns a KVM failure into an error that names the operation.
@@ -95,6 +99,7 @@ pub fn open() -> Result<Kvm, KvmError> {
         (Cap::Ioeventfd, "ioeventfd"),
         (Cap::IoeventfdNoLength, "ioeventfd of any length"),
         (Cap::UserMemory, "user memory"),
+        (Cap::ReadonlyMem, "read-only memory"),
         (Cap::ImmediateExit, "immediate exit"),
         (Cap::Pit2, "timer"),
         (Cap::SignalMsi, "message signalled interrupts"),
@@ -121,6 +126,28 @@ struct Routes {
 pub struct Vm {
     fd: VmFd,
     routes: Mutex<Routes>,
+    slots: Mutex<SlotNumbers>,
+}
+
+/// Which numbers memory slots have.
+#[derive(Default)]
+struct SlotNumbers {
+    /// Those that were given back.
+    free: Vec<u32>,
+    /// The first that was never used.
+    next: u32,
+}
+
+impl SlotNumbers {
+    /// A number below `limit` that no slot has.
+    fn take(&mut self, limit: u32) -> Option<u32> {
+        if let Some(slot) = self.free.pop() {
+            return Some(slot);
+        }
+        let slot = Some(self.next).filter(|slot| *slot < limit)?;
+        self.next += 1;
+        Some(slot)
+    }
 }
 
 impl Vm {
@@ -142,25 +169,54 @@ impl Vm {
         let vm = Self {
             fd,
             routes: Mutex::default(),
+            slots: Mutex::default(),
         };
-        for (slot, region) in (0u32..).zip(memory.iter()) {
-            vm.set_memory_slot(slot, region)?;
+        for region in memory.iter() {
+            vm.set_memory_slot(region, 0)?;
         }
         Ok(vm)
     }
 
-    fn set_memory_slot(&self, slot: u32, region: &vm_memory::GuestRegionMmap<()>) -> Result<(), KvmError> {
-        let host = region.get_host_address(vm_memory::MemoryRegionAddress(0));
-        let slot = kvm_userspace_memory_region {
+    /// Gives the guest `region` until the returned value is dropped. With `read_only` its writes there are treated as
+    /// accesses to a place without memory.
+    pub fn add_memory(
+        self: &Arc<Self>,
+        region: Arc<GuestRegion>,
+        read_only: bool,
+    ) -> Result<MemorySlot, KvmError> {
+        let slot = self.set_memory_slot(&region, if read_only { KVM_MEM_READONLY } else { 0 })?;
+        let vm = Arc::clone(self);
+        Ok(MemorySlot { vm, slot, region })
+    }
+
+    /// How many memory slots there can be, those of RAM included.
+    pub fn memory_slot_limit(&self) -> u32 {
+        u32::try_from(self.fd.check_extension_int(Cap::NrMemslots)).unwrap_or(0)
+    }
+
+    /// Makes a memory slot of `region` and gives its number.
+    fn set_memory_slot(&self, region: &GuestRegion, flags: u32) -> Result<u32, KvmError> {
+        let limit = self.memory_slot_limit();
+        let slot = self
+            .lock_slots()
+            .take(limit)
+            .ok_or(KvmError::NoMemorySlot(limit))?;
+        let host = region.get_host_address(MemoryRegionAddress(0));
+        let description = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
             userspace_addr: host.expect("a mapped region has an address") as u64,
         };
-        // SAFETY: needed to give the guest its memory. The region is a live mapping of that length, and the guest
-        // memory outlives the machine: `vm::Vm` drops this value before it.
-        unsafe { self.fd.set_user_memory_region(slot) }.map_err(failed("map the guest's memory"))
+        // SAFETY: needed to give the guest memory. The region is a live mapping of that length, and outlives the slot:
+        // a `MemorySlot` keeps it, and `vm::Vm` drops this value before the RAM.
+        let set = unsafe { self.fd.set_user_memory_region(description) };
+        if set.is_err() {
+            self.lock_slots().free.push(slot);
+        }
+        set.map_err(failed("map the guest's memory"))?;
+        Ok(slot)
     }
 
     /// Makes a vCPU and a switch to get it out of guest code.
@@ -270,8 +326,37 @@ impl Vm {
         self.fd.check_extension(Cap::TscDeadlineTimer)
     }
 
+    fn lock_slots(&self) -> std::sync::MutexGuard<'_, SlotNumbers> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock_routes(&self) -> std::sync::MutexGuard<'_, Routes> {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Memory that the guest has beside its RAM. Dropping it takes it away.
+pub struct MemorySlot {
+    vm: Arc<Vm>,
+    slot: u32,
+    region: Arc<GuestRegion>,
+}
+
+impl Drop for MemorySlot {
+    fn drop(&mut self) {
+        let nothing = kvm_userspace_memory_region {
+            slot: self.slot,
+            ..Default::default()
+        };
+        // SAFETY: needed to take memory from the guest. A slot without a size is deleted; no address is used.
+        match unsafe { self.vm.fd.set_user_memory_region(nothing) } {
+            Ok(()) => self.vm.lock_slots().free.push(self.slot),
+            Err(error) => {
+                log::error!("KVM keeps memory slot {}: {error}", self.slot);
+                // The guest still reaches the memory, so it must never be unmapped.
+                std::mem::forget(Arc::clone(&self.region));
+            }
+        }
     }
 }
 
@@ -376,6 +461,15 @@ pub fn install_kick_handler() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gives_numbers_of_memory_slots_out_again_up_to_the_limit() {
+        let mut numbers = SlotNumbers::default();
+        assert_eq!([numbers.take(2), numbers.take(2)], [Some(0), Some(1)]);
+        assert_eq!(numbers.take(2), None);
+        numbers.free.push(0);
+        assert_eq!([numbers.take(2), numbers.take(2)], [Some(0), None]);
+    }
 
     #[test]
     fn repeats_the_kernels_own_routes() {

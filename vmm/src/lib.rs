@@ -11,6 +11,7 @@ pub mod clock;
 pub mod config;
 pub mod control_loop;
 pub mod controller;
+pub mod device_memory;
 pub mod device_set;
 pub mod error;
 pub mod event_loop;

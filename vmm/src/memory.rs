@@ -1,18 +1,23 @@
-//! Guest RAM: how it is mapped into this process, and the kernel's file over parts of it.
+//! Guest memory: how it is mapped into this process, and files over parts of it.
 //!
-//! Called by the control thread while it builds a machine. Everybody else only borrows the [`GuestMemory`] made here.
+//! Called by the control thread while it builds a machine, and by whoever plugs memory in. Everybody else only borrows the [`GuestMemory`] made here.
 //! This is one of the two places of the monitor with `unsafe` memory mapping.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, null_mut};
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion, VolatileSlice,
+};
 
 use crate::x86_64::layout;
 
 pub use devices::GuestMemory;
+/// A contiguous part of guest memory; it unmaps itself.
+pub type GuestRegion = vm_memory::GuestRegionMmap<()>;
 
 const MIB: u64 = 1 << 20;
 /// What the host backs with one transparent huge page, if address and length allow.
@@ -92,15 +97,46 @@ pub fn create(size_mib: u64) -> Result<GuestMemory, MemoryError> {
     let map_error = |source| MemoryError::Map { size_mib, source };
 
     let regions = layout::ram_ranges(size_mib * MIB)
-        .map(|range| {
-            let length = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
-            let mapping = map_aligned(length)?;
-            GuestRegionMmap::new(mapping, GuestAddress(range.start))
-                .ok_or_else(|| io::Error::other("the guest address range overflows"))
-        })
+        .map(|range| anonymous(GuestAddress(range.start), range.end - range.start))
         .collect::<io::Result<Vec<_>>>()
         .map_err(map_error)?;
     GuestMemory::from_regions(regions).map_err(|error| map_error(io::Error::other(error)))
+}
+
+/// Private, zeroed memory for the guest address `start`, not yet seen by a guest. Its pages come with the first touch.
+pub fn anonymous(start: GuestAddress, size: u64) -> io::Result<GuestRegion> {
+    let mapping = map_aligned(usize::try_from(size).map_err(io::Error::other)?)?;
+    GuestRegion::new(mapping, start).ok_or_else(|| io::Error::other("the guest address range overflows"))
+}
+
+/// Maps `file`, which has `file_size` bytes, over the first pages of `region`: shared, so that writes reach the file,
+/// or else private to this guest.
+///
+/// Whoever shortens the file afterwards takes pages away from the guest, as with [`map_private_file`].
+pub fn map_file_over(region: &GuestRegion, file: &File, file_size: u64, shared: bool) -> io::Result<()> {
+    let length = file_size.next_multiple_of(layout::PAGE_SIZE);
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    let target = region.get_slice(MemoryRegionAddress(0), length);
+    let sharing = if shared {
+        libc::MAP_SHARED
+    } else {
+        libc::MAP_PRIVATE
+    };
+    map_fixed(&target.map_err(io::Error::other)?, file, 0, sharing)
+}
+
+/// Gives the pages of a range of `region`, which is private and anonymous, back to the host. They read as zero then.
+pub fn discard(region: &GuestRegion, range: Range<u64>) -> io::Result<()> {
+    let length = range.end.saturating_sub(range.start);
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    let pages = region.get_slice(MemoryRegionAddress(range.start), length);
+    let pages = pages.map_err(io::Error::other)?;
+    // SAFETY: needed to give memory back. The pages lie inside a mapping that `region` owns; as guest memory they are
+    // only ever accessed by address, volatile, so nothing relies on their content.
+    match unsafe { libc::madvise(pages.ptr_guard_mut().as_ptr().cast(), length, libc::MADV_DONTNEED) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Maps `size` bytes of `file` at `offset` over the RAM at `start`, copy-on-write: reads come from the page cache that
@@ -134,27 +170,31 @@ pub fn map_private_file(
     if end > file_size {
         return Err(MemoryError::PastEndOfFile { file_size, end });
     }
-    let file_offset = libc::off_t::try_from(offset).map_err(|_| range_error())?;
     // One slice of one region: a range that crosses into the hole or out of RAM has none.
     let region = memory.find_region(start).ok_or_else(range_error)?;
     let place = region.to_region_addr(start).ok_or_else(range_error)?;
     let target = region.get_slice(place, length).map_err(|_| range_error())?;
+    map_fixed(&target, file, offset, libc::MAP_PRIVATE).map_err(map_error)
+}
 
-    // SAFETY: MAP_FIXED replaces exactly the pages of `target`, which lie inside a mapping that `memory` owns and
-    // unmaps as a whole when dropped. There are no references into guest memory that could see the change, only
-    // volatile accesses by address. The file was checked to be long enough.
+/// Replaces whole pages of guest memory by those of `file` from `offset` on.
+fn map_fixed(target: &VolatileSlice<'_>, file: &File, offset: u64, sharing: libc::c_int) -> io::Result<()> {
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: needed to map over what is mapped. MAP_FIXED replaces exactly the pages of `target`, which lie inside a
+    // mapping that a region of guest memory owns and unmaps as a whole when dropped. There are no references into guest
+    // memory that could see the change, only volatile accesses by address.
     let mapped = unsafe {
         libc::mmap(
             target.ptr_guard_mut().as_ptr().cast(),
-            length,
+            target.len(),
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            sharing | libc::MAP_FIXED | libc::MAP_NORESERVE,
             file.as_raw_fd(),
-            file_offset,
+            offset,
         )
     };
     if mapped == libc::MAP_FAILED {
-        return Err(map_error(io::Error::last_os_error()));
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }
@@ -169,7 +209,7 @@ pub fn share_one_heap() {
 }
 
 /// The first address beyond what this CPU's physical addresses can name; a guest has the same.
-fn address_limit() -> u64 {
+pub fn address_limit() -> u64 {
     const MAX_LEAF: u32 = 0x8000_0000;
     const ADDRESS_SIZES: u32 = 0x8000_0008;
     const MIN_BITS: u32 = 36;

@@ -9,11 +9,11 @@ use devices::bus::{Bus, BusError};
 use devices::legacy::i8042::CtrlAltDelError;
 use devices::virtio::DeviceKind;
 use serde_json::{Map, Value, json};
-use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError};
 use crate::config::VmConfig;
+use crate::device_memory::DeviceMemory;
 use crate::device_set::{DeviceSet, DeviceSetError, Platform};
 use crate::event_loop::IoLoop;
 use crate::kvm::{self, KvmError};
@@ -21,7 +21,7 @@ use crate::legacy::{Legacy, LegacyError};
 use crate::memory::{self, MemoryError};
 use crate::metrics::{TickRate, add_to_sum};
 use crate::vcpu::{Ended, VcpuHandle, VcpuShared};
-use crate::x86_64::tsc;
+use crate::x86_64::{layout, tsc};
 
 /// Why a machine cannot be built, or cannot do what it is asked.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +111,9 @@ impl Vm {
         let machine = &config.machine_config;
         let ram = memory::create(machine.mem_size_mib as u64)?;
         let vm = Arc::new(kvm::Vm::new(&kvm, &ram)?);
-        let memory = SharedMemory::new(ram);
+        // What devices add to it is not RAM: the memory map must not have it.
+        let memory = SharedMemory::new(ram.clone());
+        let free = layout::device_memory((machine.mem_size_mib as u64) << 20, memory::address_limit());
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let legacy = Legacy::new(&vm, &pio, config.serial.as_ref())?;
         let mut command_line = boot::command_line(&config)?;
@@ -125,6 +127,7 @@ impl Vm {
             vm: Arc::clone(&vm),
             mmio: Arc::clone(&mmio),
             memory: memory.clone(),
+            device_memory: DeviceMemory::new(Arc::clone(&vm), memory.clone(), free),
             host: Arc::new(io_loop),
         };
         let mut devices = DeviceSet::new(platform, &pio, pci)?;
@@ -142,7 +145,7 @@ impl Vm {
             pci,
             mmio_devices: devices.mmio_places(),
         };
-        let entry = boot::load(&memory.memory(), &plan)?;
+        let entry = boot::load(&ram, &plan)?;
         let ended = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let ended = ended.map_err(|source| VmError::Host {
             op: "make an event descriptor",
@@ -154,7 +157,7 @@ impl Vm {
             ended,
             reason: Mutex::default(),
         });
-        let vcpus = boot::create_vcpus(&kvm, &vm, &memory.memory(), &config.machine_config, entry)?
+        let vcpus = boot::create_vcpus(&kvm, &vm, &ram, &config.machine_config, entry)?
             .into_iter()
             .map(|(id, fd, exit)| VcpuHandle::spawn(id, fd, exit, Arc::clone(&shared)))
             .collect::<io::Result<Vec<_>>>()

@@ -11,6 +11,7 @@ pub mod latency;
 pub mod mmio;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 pub mod slot;
@@ -58,6 +59,8 @@ pub enum DeviceKind {
     Block = 2,
     /// Entropy source.
     Entropy = 4,
+    /// Memory with a file behind it.
+    Pmem = 27,
 }
 
 impl DeviceKind {
@@ -72,6 +75,7 @@ impl DeviceKind {
             DeviceKind::Net => "net",
             DeviceKind::Block => "block",
             DeviceKind::Entropy => "entropy",
+            DeviceKind::Pmem => "pmem",
         }
     }
 
@@ -81,6 +85,7 @@ impl DeviceKind {
             DeviceKind::Net => Some("iface"),
             DeviceKind::Block => Some("drive"),
             DeviceKind::Entropy => None,
+            DeviceKind::Pmem => Some("pmem"),
         }
     }
 
@@ -90,6 +95,7 @@ impl DeviceKind {
             DeviceKind::Net => (0x02, 0x00),
             DeviceKind::Block => (0x01, 0x80),
             DeviceKind::Entropy => (0xff, 0x00),
+            DeviceKind::Pmem => (0x05, 0x80),
         }
     }
 }

@@ -9,7 +9,7 @@ mod requests;
 
 use api_server::{Method, Request, Response};
 use devices::catalog::DeviceConfig;
-use devices::virtio::{DeviceKind, block, net};
+use devices::virtio::{DeviceKind, block, net, pmem};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -95,12 +95,11 @@ enum VmState {
 }
 
 /// Resources that Firecracker's API has and this version does not.
-const UNSUPPORTED: [&str; 8] = [
+const UNSUPPORTED: [&str; 7] = [
     "balloon",
     "cpu-config",
     "hotplug",
     "mmds",
-    "pmem",
     "snapshot",
     "vsock",
     "network-interfaces",
@@ -124,6 +123,8 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Patch, "drives") => patch_drive(id, body)?,
         (Method::Put, "network-interfaces") => put_net(id, body)?,
         (Method::Patch, "network-interfaces") => patch_net(id, body)?,
+        (Method::Put, "pmem") => put_pmem(id, body)?,
+        (Method::Patch, "pmem") => patch_pmem(id, body)?,
         (Method::Put, "entropy") => put_device(DeviceConfig::Entropy(json(body)?)),
         (Method::Put, "serial") => Action::PutSerial(json(body)?),
         (Method::Put, "logger") => Action::PutLogger(json(body)?),
@@ -133,7 +134,10 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
             VmState::Paused => Action::Pause,
             VmState::Resumed => Action::Resume,
         },
-        (method, path) if UNSUPPORTED.contains(&path) || (method == Method::Delete && path == "drives") => {
+        (method, path)
+            if UNSUPPORTED.contains(&path)
+                || (method == Method::Delete && matches!(path, "drives" | "pmem")) =>
+        {
             return Err(RouteError::Unsupported {
                 method,
                 path: path.into(),
@@ -196,16 +200,34 @@ fn put_device(device: DeviceConfig) -> Action {
 fn put_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let config: block::Config = json(body)?;
-    same_drive_id(id, &config.drive_id)?;
+    same_id(id, &config.drive_id)?;
     Ok(put_device(DeviceConfig::Block(config)))
 }
 
 fn patch_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let patch: block::Patch = json(body)?;
-    same_drive_id(id, &patch.drive_id)?;
+    same_id(id, &patch.drive_id)?;
     Ok(Action::PatchDevice {
         kind: DeviceKind::Block,
+        id: id.into(),
+        patch: json(body)?,
+    })
+}
+
+fn put_pmem(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
+    let id = checked_id(id)?;
+    let config: pmem::Config = json(body)?;
+    same_id(id, &config.id)?;
+    Ok(put_device(DeviceConfig::Pmem(config)))
+}
+
+fn patch_pmem(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
+    let id = checked_id(id)?;
+    let patch: pmem::Patch = json(body)?;
+    same_id(id, &patch.id)?;
+    Ok(Action::PatchDevice {
+        kind: DeviceKind::Pmem,
         id: id.into(),
         patch: json(body)?,
     })
@@ -238,7 +260,7 @@ fn same_iface_id(path: &str, body: &str) -> Result<(), RouteError> {
     )))
 }
 
-fn same_drive_id(path: &str, body: &str) -> Result<(), RouteError> {
+fn same_id(path: &str, body: &str) -> Result<(), RouteError> {
     if path == body {
         return Ok(());
     }

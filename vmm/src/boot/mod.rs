@@ -81,6 +81,11 @@ pub fn add_device_parameters(
     config: &VmConfig,
     mmio_devices: &[(u64, u32)],
 ) -> Result<(), BootError> {
+    // Linux numbers them in the order in which it finds them.
+    if let Some((index, root)) = config.pmem.iter().enumerate().find(|(_, pmem)| pmem.root_device) {
+        line.push(&format!("root=/dev/pmem{index}"))?;
+        line.push(if root.read_only { "ro" } else { "rw" })?;
+    }
     if let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) {
         match &root.partuuid {
             Some(uuid) => line.push(&format!("root=PARTUUID={uuid}"))?,

@@ -6,7 +6,7 @@ mod machine;
 mod process;
 
 use devices::catalog::DeviceConfig;
-use devices::virtio::{DeviceKind, block, net, rng};
+use devices::virtio::{DeviceKind, block, net, pmem, rng};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use file::{ConfigFileError, read_config_file};
@@ -35,11 +35,15 @@ pub enum ConfigError {
     #[error("Boot source error: boot_args is {0} bytes long; at most {MAX_BOOT_ARGS} fit")]
     BootArgs(usize),
     /// Two root devices.
-    #[error("Drive config error: '{new}' cannot be the root device: '{old}' is it already")]
+    #[error("{section} config error: '{new}' cannot be the root device: {kind} '{old}' is it already")]
     SecondRoot {
+        /// The section of the device in question.
+        section: &'static str,
+        /// What the present root device is.
+        kind: &'static str,
         /// The present root device.
         old: String,
-        /// The drive in question.
+        /// The device in question.
         new: String,
     },
     /// Two network interfaces with one address.
@@ -96,28 +100,6 @@ impl<'de> Deserialize<'de> for Absent {
     }
 }
 
-/// Stands for a list of devices that this version does not have: only an empty one is taken.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct NoDevices;
-
-impl Serialize for NoDevices {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq::<[(); 0]>([])
-    }
-}
-
-impl<'de> Deserialize<'de> for NoDevices {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let list = Vec::<serde::de::IgnoredAny>::deserialize(deserializer)?;
-        if list.is_empty() {
-            return Ok(Self);
-        }
-        Err(serde::de::Error::custom(
-            "this device is not supported by this version of Mayfly",
-        ))
-    }
-}
-
 /// The whole machine, in the key order of `GET /vm/config`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -153,9 +135,9 @@ pub struct VmConfig {
     /// The entropy device.
     #[serde(default)]
     pub entropy: Option<rng::Config>,
-    /// Not supported yet.
+    /// Files as memory.
     #[serde(default)]
-    pub pmem: NoDevices,
+    pub pmem: Vec<pmem::Config>,
     /// Not supported yet.
     #[serde(default)]
     pub memory_hotplug: Absent,
@@ -170,7 +152,8 @@ impl VmConfig {
         let drives = self.drives.iter().cloned().map(DeviceConfig::Block);
         let nets = self.network_interfaces.iter().cloned().map(DeviceConfig::Net);
         let entropy = self.entropy.iter().cloned().map(DeviceConfig::Entropy);
-        drives.chain(nets).chain(entropy).collect()
+        let pmem = self.pmem.iter().cloned().map(DeviceConfig::Pmem);
+        drives.chain(nets).chain(entropy).chain(pmem).collect()
     }
 
     /// The virtio device of this kind and name.
@@ -185,26 +168,44 @@ impl VmConfig {
             DeviceConfig::Block(drive) => self.put_drive(drive)?,
             DeviceConfig::Net(net) => self.put_net(net)?,
             DeviceConfig::Entropy(entropy) => self.entropy = Some(entropy),
+            DeviceConfig::Pmem(pmem) => self.put_pmem(pmem)?,
         }
         Ok(())
     }
 
     fn put_drive(&mut self, drive: block::Config) -> Result<(), ConfigError> {
-        let other_root = self
-            .drives
-            .iter()
-            .find(|d| d.is_root_device && d.drive_id != drive.drive_id);
-        if let (true, Some(root)) = (drive.is_root_device, other_root) {
-            let old = root.drive_id.clone();
-            return Err(ConfigError::SecondRoot {
-                old,
-                new: drive.drive_id,
-            });
+        if drive.is_root_device {
+            self.check_only_root("Drive", DeviceKind::Block, &drive.drive_id)?;
         }
         put_by(&mut self.drives, drive, |d| &d.drive_id);
         // The root disk is the guest's first, whatever the order of requests.
         self.drives.sort_by_key(|d| !d.is_root_device);
         Ok(())
+    }
+
+    fn put_pmem(&mut self, pmem: pmem::Config) -> Result<(), ConfigError> {
+        if pmem.root_device {
+            self.check_only_root("Pmem", DeviceKind::Pmem, &pmem.id)?;
+        }
+        put_by(&mut self.pmem, pmem, |p| &p.id);
+        Ok(())
+    }
+
+    /// Checks that no device but this one is the root device.
+    fn check_only_root(&self, section: &'static str, kind: DeviceKind, id: &str) -> Result<(), ConfigError> {
+        let drives = self.drives.iter().filter(|d| d.is_root_device);
+        let pmem = self.pmem.iter().filter(|p| p.root_device);
+        let drives = drives.map(|d| (DeviceKind::Block, "drive", &d.drive_id));
+        let mut roots = drives.chain(pmem.map(|p| (DeviceKind::Pmem, "pmem device", &p.id)));
+        match roots.find(|root| (root.0, root.2.as_str()) != (kind, id)) {
+            None => Ok(()),
+            Some((_, kind, old)) => Err(ConfigError::SecondRoot {
+                section,
+                kind,
+                old: old.clone(),
+                new: id.into(),
+            }),
+        }
     }
 
     fn put_net(&mut self, net: net::Config) -> Result<(), ConfigError> {
@@ -238,7 +239,7 @@ fn put_by<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) {
     }
 }
 
-/// Checks the id of a drive or network card.
+/// Checks the id of a drive, network card or pmem device.
 pub fn check_id(id: &str) -> Result<(), ConfigError> {
     if id.is_empty() {
         return Err(ConfigError::Id("The ID cannot be empty."));

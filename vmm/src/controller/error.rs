@@ -72,6 +72,7 @@ fn section(kind: DeviceKind) -> &'static str {
         DeviceKind::Block => "Drive",
         DeviceKind::Net => "Network",
         DeviceKind::Entropy => "Entropy",
+        DeviceKind::Pmem => "Pmem",
     }
 }
 
@@ -81,5 +82,6 @@ fn refused_patch(kind: DeviceKind) -> &'static str {
         DeviceKind::Block => "Drive config error: Unable to patch the block device",
         DeviceKind::Net => "Network config error: Unable to update the net device",
         DeviceKind::Entropy => "Entropy config error",
+        DeviceKind::Pmem => "Pmem config error: Unable to patch the pmem device",
     }
 }

@@ -192,8 +192,7 @@ impl Controller {
     fn put_device(&mut self, device: DeviceConfig) -> Result<Reply, ControlError> {
         let mut config = self.config()?.clone();
         config.put_device(device.clone())?;
-        // What the device needs is opened to see that it can be, and let go of again.
-        device.build().map_err(|source| ControlError::Device {
+        device.check().map_err(|source| ControlError::Device {
             kind: device.kind(),
             source,
         })?;
@@ -216,7 +215,12 @@ impl Controller {
     }
 
     fn patch_device(&mut self, kind: DeviceKind, id: &str, patch: Value) -> Result<Reply, ControlError> {
-        let patched = self.vm()?.patch_device(kind, id, patch);
+        let vm = self.vm()?;
+        // Clients know that a change of a pmem device without limits does nothing, whatever its id.
+        if kind == DeviceKind::Pmem && patch.get("rate_limiter").is_none_or(Value::is_null) {
+            return Ok(Reply::Done);
+        }
+        let patched = vm.patch_device(kind, id, patch);
         patched.map_err(|source| ControlError::Patch { kind, source })?;
         Ok(Reply::Done)
     }

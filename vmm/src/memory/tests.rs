@@ -130,3 +130,55 @@ fn refuses_a_file_mapping_that_leaves_ram() {
 
     assert!(matches!(result, Err(MemoryError::Range { .. })));
 }
+
+/// A region of four pages at 4 GiB.
+fn region() -> GuestRegion {
+    anonymous(GuestAddress(4 << 30), 4 * PAGE).unwrap()
+}
+
+fn read(region: &GuestRegion, offset: u64) -> u8 {
+    region.read_obj(MemoryRegionAddress(offset)).unwrap()
+}
+
+#[test]
+fn writes_to_a_shared_file_reach_it_and_those_behind_it_do_not() {
+    let (region, file) = (region(), file_of(&[7; PAGE_BYTES + 1]));
+    map_file_over(&region, &file, PAGE + 1, true).unwrap();
+    assert_eq!([read(&region, PAGE), read(&region, PAGE + 1)], [7, 0]);
+
+    for offset in [PAGE, 3 * PAGE] {
+        region.write_obj(9u8, MemoryRegionAddress(offset)).unwrap();
+    }
+
+    let mut last = [0];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut last, PAGE).unwrap();
+    assert_eq!(last, [9]);
+    assert_eq!(file.metadata().unwrap().len(), PAGE + 1);
+    assert_eq!(read(&region, 3 * PAGE), 9);
+}
+
+#[test]
+fn writes_to_a_private_file_stay_here() {
+    let (region, file) = (region(), file_of(&[7; PAGE_BYTES]));
+    map_file_over(&region, &file, PAGE, false).unwrap();
+    region.write_obj(9u8, MemoryRegionAddress(0)).unwrap();
+    let mut first = [0];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut first, 0).unwrap();
+    assert_eq!((first, read(&region, 0)), ([7], 9));
+}
+
+#[test]
+fn a_file_longer_than_its_region_is_refused() {
+    assert!(map_file_over(&region(), &file_of(&[7]), 5 * PAGE, true).is_err());
+}
+
+#[test]
+fn discarded_pages_are_zero_and_others_stay() {
+    let region = region();
+    for offset in [0, PAGE, 2 * PAGE] {
+        region.write_obj(9u8, MemoryRegionAddress(offset)).unwrap();
+    }
+    discard(&region, PAGE..2 * PAGE).unwrap();
+    assert_eq!([0, PAGE, 2 * PAGE].map(|offset| read(&region, offset)), [9, 0, 9]);
+    assert!(discard(&region, PAGE..5 * PAGE).is_err());
+}

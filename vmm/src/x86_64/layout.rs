@@ -19,6 +19,7 @@
 //! 0xfee0_0000    local APICs
 //! 0xfffb_d000    KVM's task state segment
 //! 0x1_0000_0000  the rest of RAM
+//! behind RAM     memory of devices: files of pmem devices, memory that is plugged in
 //! ```
 
 use std::ops::Range;
@@ -133,6 +134,14 @@ pub fn ram_ranges(size: u64) -> impl Iterator<Item = Range<u64>> {
     std::iter::once(low).chain(high)
 }
 
+/// Where the memory of devices may lie in a machine with `ram_size` bytes of RAM, whose CPU has addresses below `limit`:
+/// behind RAM, the hole included.
+pub fn device_memory(ram_size: u64, limit: u64) -> Range<u64> {
+    let ram_end = ram_ranges(ram_size).last().map_or(0, |range| range.end);
+    let start = ram_end.max(HOLE.end);
+    start..limit.max(start)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,6 +165,14 @@ mod tests {
     #[test]
     fn ram_beyond_the_hole_continues_at_4_gib() {
         assert_eq!(ends(5120 * MIB), [0xc000_0000, 0x1_8000_0000]);
+    }
+
+    #[test]
+    fn memory_of_devices_is_behind_ram_and_the_hole() {
+        let limit = 1 << 36;
+        assert_eq!(device_memory(16 * MIB, limit), HOLE.end..limit);
+        assert_eq!(device_memory(5120 * MIB, limit), 0x1_8000_0000..limit);
+        assert!(device_memory(1 << 40, limit).is_empty());
     }
 
     #[test]
