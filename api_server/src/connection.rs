@@ -3,8 +3,9 @@
 //! ```text
 //!             request            answer due
 //! Reading ──────────────► Handling ────────► Writing ──► Reading       (keep-alive)
-//!    │                                         ▲  └────► Lingering ──► closed
-//!    └── parse error, time-out, interim 100 ───┘
+//!    │                       │                 ▲  └────► Lingering ──► closed
+//!    ├── parse error, time-out, interim 100 ───┤
+//!                            └─► Streaming ────┘
 //! ```
 //!
 //! Owned by the server and driven on its thread only. All calls return at once; what to do next comes back as
@@ -14,13 +15,16 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::ServerConfig;
+use crate::handler::Message;
 use crate::message::{CONTINUE, Request, Response};
 use crate::parser::{Parsed, RequestParser};
+use crate::stream::Backlog;
 
 /// How much one call reads, in bytes: others get their turn before a large body continues.
 const PIECE: usize = 4096;
@@ -44,6 +48,8 @@ enum Phase {
     Handling,
     /// `output` is being written.
     Writing,
+    /// What comes into `output` is written at once, until the end is sent; nothing is read meanwhile.
+    Streaming,
     /// All is written and the sending side shut down; what the client sends is discarded.
     Lingering,
 }
@@ -60,6 +66,8 @@ pub(crate) struct Connection {
     ended: bool,
     /// Close after the answer that is due or being written.
     close: bool,
+    /// Of the stream that is or was written.
+    backlog: Option<Arc<Backlog>>,
     timeout: Duration,
     linger_timeout: Duration,
     deadline: Option<Instant>,
@@ -76,6 +84,7 @@ impl Connection {
             phase: Phase::Reading,
             ended: false,
             close: false,
+            backlog: None,
             timeout: config.timeout,
             linger_timeout: config.linger_timeout,
             deadline: None,
@@ -88,12 +97,31 @@ impl Connection {
         self.advance()
     }
 
-    /// Takes the answer to the request that the last [`Step::Handle`] gave.
-    pub(crate) fn answer(&mut self, response: &Response) -> Step {
-        if self.phase != Phase::Handling {
-            return Step::Wait;
+    /// Takes the answer to the request that the last [`Step::Handle`] gave, or a part of it.
+    pub(crate) fn answer(&mut self, message: Message) -> Step {
+        match (self.phase, message) {
+            (Phase::Handling, Message::Answer(response)) => self.reply(&response, false),
+            (
+                Phase::Handling,
+                Message::Stream {
+                    content_type,
+                    backlog,
+                },
+            ) => {
+                self.write_next(Response::stream_head(content_type));
+                backlog.add_head(self.output.len());
+                self.phase = Phase::Streaming;
+                self.backlog = Some(backlog);
+                self.close = true;
+            }
+            (Phase::Streaming, Message::Piece(bytes)) => {
+                self.output.drain(..self.written);
+                self.written = 0;
+                self.output.extend_from_slice(&bytes);
+            }
+            (Phase::Streaming, Message::End) => self.phase = Phase::Writing,
+            _ => return Step::Wait,
         }
-        self.reply(response, false);
         self.advance()
     }
 
@@ -103,8 +131,11 @@ impl Connection {
             Phase::Reading | Phase::Lingering => self.read(),
             Phase::Writing => self.advance(),
             // The client has closed both directions: its answer could not be delivered.
-            Phase::Handling if events.intersects(EventSet::HANG_UP | EventSet::ERROR) => Step::Close,
+            Phase::Handling | Phase::Streaming if events.intersects(EventSet::HANG_UP | EventSet::ERROR) => {
+                Step::Close
+            }
             Phase::Handling => Step::Wait,
+            Phase::Streaming => self.advance(),
         }
     }
 
@@ -126,7 +157,7 @@ impl Connection {
         self.owes_answer()
     }
 
-    /// Whether a request was taken whose answer is not fully written.
+    /// Whether a request was taken whose answer is not fully written. A stream is never that.
     pub(crate) fn owes_answer(&self) -> bool {
         matches!(self.phase, Phase::Handling | Phase::Writing)
     }
@@ -145,7 +176,8 @@ impl Connection {
     pub(crate) fn interest(&self) -> EventSet {
         match self.phase {
             Phase::Reading | Phase::Lingering => EventSet::IN,
-            Phase::Handling => EventSet::empty(),
+            Phase::Streaming if !self.output.is_empty() => EventSet::OUT,
+            Phase::Handling | Phase::Streaming => EventSet::empty(),
             Phase::Writing => EventSet::OUT,
         }
     }
@@ -168,7 +200,7 @@ impl Connection {
             let step = match self.phase {
                 Phase::Reading => self.next_request(),
                 Phase::Handling => Some(Step::Wait),
-                Phase::Writing => self.flush(),
+                Phase::Writing | Phase::Streaming => self.flush(),
                 Phase::Lingering if self.ended => Some(Step::Close),
                 Phase::Lingering => Some(Step::Wait),
             };
@@ -215,13 +247,20 @@ impl Connection {
     fn flush(&mut self) -> Option<Step> {
         while self.written < self.output.len() {
             match self.stream.write(&self.output[self.written..]) {
-                Ok(count) => self.written += count,
+                Ok(count) => {
+                    self.written += count;
+                    self.tell_written(count);
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if is_transient(&error) => return Some(Step::Wait),
                 Err(_) => return Some(Step::Close),
             }
         }
         self.output = Vec::new();
+        self.written = 0;
+        if self.phase == Phase::Streaming {
+            return Some(Step::Wait);
+        }
         if !self.close {
             self.phase = Phase::Reading;
             return None;
@@ -234,15 +273,30 @@ impl Connection {
         None
     }
 
+    /// Gives the stream's sender room for as much again.
+    fn tell_written(&self, count: usize) {
+        if let Some(backlog) = &self.backlog {
+            backlog.written(count);
+        }
+    }
+
     /// Every progress moves the deadline, except while lingering: there the client must not keep the
     /// connection.
     fn arm_deadline(&mut self) {
         self.deadline = match self.phase {
             Phase::Lingering => self.deadline,
-            Phase::Handling => None,
+            Phase::Handling | Phase::Streaming => None,
             Phase::Reading if self.parser.is_idle() => None,
             Phase::Reading | Phase::Writing => Instant::now().checked_add(self.timeout),
         };
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(backlog) = &self.backlog {
+            backlog.close();
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::mpsc::Sender;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::message::{Request, Response};
+use crate::stream::{Backlog, Stream};
 
 /// Answers requests.
 ///
@@ -37,11 +38,27 @@ pub struct Responder {
     sent: bool,
 }
 
-/// An answer on its way to the server's thread.
+/// An answer, or a part of one, on its way to the server's thread.
 #[derive(Debug)]
 pub(crate) struct Reply {
     pub(crate) connection: u64,
-    pub(crate) response: Response,
+    pub(crate) message: Message,
+}
+
+/// What a connection is to write.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// The whole answer.
+    Answer(Response),
+    /// The head of a stream.
+    Stream {
+        content_type: &'static str,
+        backlog: Arc<Backlog>,
+    },
+    /// A piece of it.
+    Piece(Vec<u8>),
+    /// Its end.
+    End,
 }
 
 impl Responder {
@@ -59,17 +76,26 @@ impl Responder {
         self.deliver(response);
     }
 
+    /// Answers the request with status 200 and a body that is sent piece by piece. The connection serves no other
+    /// request after that.
+    pub fn stream(mut self, content_type: &'static str) -> Stream {
+        self.sent = true;
+        Stream::new(
+            self.connection,
+            self.replies.clone(),
+            Arc::clone(&self.wake),
+            content_type,
+        )
+    }
+
     fn deliver(&mut self, response: Response) {
         self.sent = true;
+        let reply = Reply {
+            connection: self.connection,
+            message: Message::Answer(response),
+        };
         // A server that is gone has closed its connections: nobody waits for this answer.
-        if self
-            .replies
-            .send(Reply {
-                connection: self.connection,
-                response,
-            })
-            .is_ok()
-        {
+        if self.replies.send(reply).is_ok() {
             self.wake.notify();
         }
     }
@@ -110,7 +136,7 @@ impl Wake {
         self.stop.load(Ordering::Acquire)
     }
 
-    fn notify(&self) {
+    pub(crate) fn notify(&self) {
         // The only failure is a full counter, which means that a wake-up is pending.
         let _ = self.event.write(1);
     }

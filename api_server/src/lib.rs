@@ -29,6 +29,13 @@
 //!   [`ServerConfig::timeout`]. A connection with nothing in flight may stay open forever, and a handler may
 //!   take as long as it likes. With nothing in flight no timer is armed: an idle server does not wake up.
 //!
+//! # Streams
+//!
+//! An answer can be a [`Stream`], whose body has no length and ends with its connection. Such a connection counts
+//! among the others for as long as it lasts. [`STREAM_BACKLOG`] bounds what waits for a client that reads slowly; what
+//! is beyond is refused to the sender, which never waits. A stopped server closes streams at once, after what the
+//! client's socket takes.
+//!
 //! # Errors on the wire
 //!
 //! Whatever cannot be parsed is answered 400 with `{"fault_message":"..."}`, after the answers to the
@@ -47,6 +54,7 @@ pub mod parser;
 mod poller;
 mod server;
 mod socket;
+mod stream;
 
 pub use config::ServerConfig;
 pub use error::{ParseError, ServerError};
@@ -54,3 +62,4 @@ pub use handler::{Handler, Responder};
 pub use message::{Method, Request, Response};
 pub use server::{Server, Stopper};
 pub use socket::SocketFile;
+pub use stream::{STREAM_BACKLOG, Stream, StreamError};

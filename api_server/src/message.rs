@@ -134,6 +134,14 @@ impl Response {
         self.deprecation
     }
 
+    /// The head of an answer whose body ends with the connection.
+    pub(crate) fn stream_head(content_type: &str) -> Vec<u8> {
+        format!(
+            "HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: close\r\nContent-Type: {content_type}\r\n\r\n"
+        )
+        .into_bytes()
+    }
+
     /// The bytes on the wire. Clients compare them, so the order of the headers and the status line without a
     /// reason phrase are part of the contract.
     pub(crate) fn to_bytes(&self, close: bool) -> Vec<u8> {

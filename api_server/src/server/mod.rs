@@ -259,11 +259,13 @@ impl Server {
         // Reset before looking, so that what comes later wakes again. Failure means that the counter is zero
         // already.
         let _ = self.wake.event.read();
-        if self.wake.stop_requested() && !self.stopping {
-            self.begin_stop()?;
+        // What was sent before the request to stop is still written, the last words of streams above all.
+        let stop = self.wake.stop_requested() && !self.stopping;
+        while let Ok(Reply { connection, message }) = self.replies.try_recv() {
+            self.drive(connection, handler, |connection| connection.answer(message));
         }
-        while let Ok(Reply { connection, response }) = self.replies.try_recv() {
-            self.drive(connection, handler, |connection| connection.answer(&response));
+        if stop {
+            self.begin_stop()?;
         }
         Ok(())
     }

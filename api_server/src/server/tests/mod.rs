@@ -14,6 +14,7 @@ mod clients;
 mod exchange;
 mod limits;
 mod stopping;
+mod streams;
 
 /// How long a test waits for something that is sure to come.
 const PATIENCE: Duration = Duration::from_secs(20);
