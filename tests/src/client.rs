@@ -133,6 +133,23 @@ impl Client {
         Ok(response)
     }
 
+    /// Takes the next line of an answer without a length; `None` when the server has closed the connection.
+    pub fn line(&mut self) -> Result<Option<String>> {
+        loop {
+            if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+                let line = String::from_utf8(self.rest.drain(..=end).collect())?;
+                return Ok(Some(line));
+            }
+            if self.read_more()? == 0 {
+                return if self.rest.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(self.ended())
+                };
+            }
+        }
+    }
+
     /// True when the server has closed the connection, and nothing is left to take.
     pub fn is_closed(&mut self) -> Result<bool> {
         self.stream.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -145,19 +162,26 @@ impl Client {
     }
 
     fn fill(&mut self) -> Result {
+        match self.read_more()? {
+            0 => Err(self.ended()),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many bytes came; zero when the server has closed the connection.
+    fn read_more(&mut self) -> Result<usize> {
         let mut bytes = [0; 4096];
         let count = self
             .stream
             .read(&mut bytes)
             .map_err(|e| Failure::new(format!("no answer of the API: {e}")))?;
-        if count == 0 {
-            let rest = String::from_utf8_lossy(&self.rest);
-            return Err(Failure::new(format!(
-                "the API closed the connection after {rest:?}"
-            )));
-        }
         self.rest.extend_from_slice(&bytes[..count]);
-        Ok(())
+        Ok(count)
+    }
+
+    fn ended(&self) -> Failure {
+        let rest = String::from_utf8_lossy(&self.rest);
+        Failure::new(format!("the API closed the connection after {rest:?}"))
     }
 }
 

@@ -10,7 +10,9 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::{Client, Console, Failure, GUEST_TIMEOUT, HOST_TIMEOUT, Response, Result, Scratch, wait_until};
+use crate::{
+    Client, Console, EventStream, Failure, GUEST_TIMEOUT, HOST_TIMEOUT, Response, Result, Scratch, wait_until,
+};
 
 pub(crate) const SOCKET: &str = "api.sock";
 pub(crate) const LOG: &str = "log";
@@ -119,6 +121,11 @@ impl Monitor {
     /// A connection of its own to the API.
     pub fn connect(&self) -> Result<Client> {
         Client::connect(&self.socket())
+    }
+
+    /// Its events from now on.
+    pub fn events(&self) -> Result<EventStream> {
+        EventStream::open(self.connect()?)
     }
 
     /// A request to the API, over a connection that stays open.

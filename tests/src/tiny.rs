@@ -76,6 +76,28 @@ impl TinyKernel {
         ])
     }
 
+    /// Writes 32 bits to an address, in protected mode.
+    pub fn store(self, address: u32, value: u32) -> Self {
+        // mov dword [address], value
+        self.emit(&[0xc7, 0x05])
+            .emit(&address.to_le_bytes())
+            .emit(&value.to_le_bytes())
+    }
+
+    /// Writes a byte to an address, in protected mode.
+    pub fn store_byte(self, address: u32, value: u8) -> Self {
+        // mov byte [address], value
+        self.emit(&[0xc6, 0x05])
+            .emit(&address.to_le_bytes())
+            .emit(&[value])
+    }
+
+    /// Waits until the serial port has received a byte, and takes it.
+    pub fn wait_for_key(self) -> Self {
+        // again: mov dl, 0xfd; in al, dx; and al, 1; jz again; mov dl, 0xf8; in al, dx
+        self.emit(&[0xb2, 0xfd, 0xec, 0x24, 0x01, 0x74, 0xf9, 0xb2, 0xf8, 0xec])
+    }
+
     /// Does nothing for ever, at full speed.
     pub fn spin(self) -> Self {
         self.emit(&[0xeb, 0xfe])

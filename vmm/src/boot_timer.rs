@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use devices::bus::{Bus, BusDevice, BusError};
 
 use crate::clock::now_us;
+use crate::events::{Event, EventBus};
 use crate::x86_64::layout;
 
 /// The value that a guest writes.
@@ -12,6 +13,7 @@ const UP: u8 = 123;
 
 struct BootTimer {
     start_us: u64,
+    events: EventBus,
 }
 
 impl BusDevice for BootTimer {
@@ -19,17 +21,16 @@ impl BusDevice for BootTimer {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if offset == 0 && data == [UP] {
-            let micros = now_us().saturating_sub(self.start_us);
-            log::info!("Guest-boot-time = {micros} us {} ms", micros / 1000);
+            let boot_us = now_us().saturating_sub(self.start_us);
+            log::info!("Guest-boot-time = {boot_us} us {} ms", boot_us / 1000);
+            self.events.publish(&Event::BootTimer { boot_us });
         }
     }
 }
 
 /// Puts the timer, which counts from `start_us` of the monotonic clock, on the bus.
-pub(crate) fn insert(mmio: &Bus, start_us: u64) -> Result<(), BusError> {
-    mmio.insert(
-        layout::BOOT_TIMER,
-        8,
-        Arc::new(Mutex::new(BootTimer { start_us })),
-    )
+pub(crate) fn insert(mmio: &Bus, start_us: u64, events: &EventBus) -> Result<(), BusError> {
+    let events = events.clone();
+    let timer = BootTimer { start_us, events };
+    mmio.insert(layout::BOOT_TIMER, 8, Arc::new(Mutex::new(timer)))
 }

@@ -14,6 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::api::{self, Action, Call};
 use crate::controller::Controller;
+use crate::events::Event;
 use crate::signals::Termination;
 use crate::terminal;
 use crate::vcpu::Ended;
@@ -151,25 +152,15 @@ impl ControlLoop {
         match source {
             Source::Requests => self.serve_requests(),
             Source::Signal => return self.termination.read().map(Exit::Signal),
-            Source::Reset | Source::PowerOff => {
-                log::info!(
-                    "The guest has {}.",
-                    if source == Source::Reset {
-                        "reset"
-                    } else {
-                        "powered off"
-                    }
-                );
-                return Some(Exit::Code(0));
-            }
+            Source::Reset => return Some(self.ended("reset", &Event::GuestReset)),
+            Source::PowerOff => return Some(self.ended("powered off", &Event::GuestPowerOff)),
             Source::VcpuEnded => {
                 let reason = self.controller.running().and_then(|vm| vm.ended());
-                let failed = reason != Some(Ended::Reset);
-                log::info!(
-                    "The guest has stopped{}.",
-                    if failed { " because a vCPU failed" } else { "" }
-                );
-                return Some(Exit::Code(u8::from(failed)));
+                if reason == Some(Ended::Reset) {
+                    return Some(self.ended("reset by a triple fault", &Event::GuestReset));
+                }
+                self.ended("stopped because a vCPU failed", &Event::VcpuFailed);
+                return Some(Exit::Code(1));
             }
             Source::Console => self.read_console(),
             Source::ConsoleRoom => self.feed_console(),
@@ -181,10 +172,19 @@ impl ControlLoop {
         None
     }
 
+    fn ended(&self, how: &str, event: &Event<'_>) -> Exit {
+        log::info!("The guest has {how}.");
+        self.controller.events().publish(event);
+        Exit::Code(0)
+    }
+
     fn serve_requests(&mut self) {
         let _ = self.wake.read();
         while let Ok(Request { action, call }) = self.requests.try_recv() {
-            call.answer(api::response(self.controller.handle(action)));
+            let result = self.controller.handle(action);
+            if let Some(stream) = api::answer(call, result) {
+                self.controller.subscribe(stream);
+            }
         }
     }
 

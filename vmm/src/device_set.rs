@@ -13,10 +13,11 @@ use devices::pci::root::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_LEN};
 use devices::pci::{ConfigPorts, Ecam, PciError, PciSegment};
 use devices::virtio::mmio::{self, MmioVirtio};
 use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
-use devices::virtio::{DeviceKind, LaneHost, Transport, UpdateError, VirtioDevice};
+use devices::virtio::{DeviceKind, LaneHost, Report, Transport, UpdateError, VirtioDevice};
 use serde_json::{Map, Value, json};
 
 use crate::device_memory::DeviceMemory;
+use crate::events::{Event, EventBus};
 use crate::kvm::{self, KvmError};
 use crate::metrics::add_to_sum;
 use crate::pci_wiring::{Bars, Lines, MsiGsis};
@@ -101,6 +102,8 @@ pub struct Platform {
     pub device_memory: DeviceMemory,
     /// The loop that runs the devices.
     pub host: Arc<dyn LaneHost>,
+    /// Where broken devices are told of.
+    pub events: EventBus,
 }
 
 struct Attached {
@@ -176,8 +179,20 @@ impl DeviceSet {
             Wiring::Pci { .. } => self.attach_pci(id, device)?,
             Wiring::Mmio { .. } => self.attach_mmio(id, device)?,
         };
-        self.devices.push(Attached { config, transport });
+        let attached = Attached { config, transport };
+        attached.lock().slot().report_to(self.report(&attached.config));
+        self.devices.push(attached);
         Ok(())
+    }
+
+    /// Tells that this device is broken.
+    fn report(&self, config: &DeviceConfig) -> Report {
+        let (events, kind) = (self.platform.events.clone(), config.kind().name());
+        let id = config.id().to_owned();
+        Box::new(move |reason| {
+            let id = &id;
+            events.publish(&Event::DeviceNeedsReset { kind, id, reason });
+        })
     }
 
     /// Register window and interrupt of each virtio-mmio device.

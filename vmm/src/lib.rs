@@ -15,6 +15,7 @@ pub mod device_memory;
 pub mod device_set;
 pub mod error;
 pub mod event_loop;
+pub mod events;
 pub mod kvm;
 pub mod legacy;
 pub mod logger;

@@ -14,6 +14,7 @@ use vmm::config::{self, MetricsConfig};
 use vmm::control_loop::{self, ControlLoop, Exit, Inbox};
 use vmm::controller::{self, Controller, Instance};
 use vmm::error::chain;
+use vmm::events::{Event, EventBus};
 use vmm::logger::LOGGER;
 use vmm::signals::{self, Termination};
 use vmm::vm::Settings;
@@ -92,6 +93,15 @@ fn run(args: &Args) -> Result<Exit, Fatal> {
         .map(|path| Api::start(path, args, inbox, requests))
         .transpose()?;
     let result = boot_and_run(&mut control, args);
+    let (code, signal) = match &result {
+        Ok(Exit::Code(code)) => (Some(*code), None),
+        Ok(Exit::Signal(signal)) => (None, Some(*signal)),
+        Err(_) => (Some(GENERIC_ERROR), None),
+    };
+    control
+        .controller()
+        .events()
+        .publish(&Event::Exit { code, signal });
     // Nobody serves requests any more: those that wait are refused, and then every answer is written.
     drop(control);
     drop(api);
@@ -115,6 +125,7 @@ fn control_loop(
     let settings = Settings {
         pci: args.pci,
         boot_timer: args.boot_timer.then(vmm::clock::now_us),
+        events: EventBus::default(),
     };
     let startup_us = (vmm::clock::since_us(args.start_time_us), vmm::clock::cpu_us(args));
     let mut controller = Controller::new(

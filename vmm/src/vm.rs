@@ -16,6 +16,7 @@ use crate::config::VmConfig;
 use crate::device_memory::DeviceMemory;
 use crate::device_set::{DeviceSet, DeviceSetError, Platform};
 use crate::event_loop::IoLoop;
+use crate::events::EventBus;
 use crate::kvm::{self, KvmError};
 use crate::legacy::{Legacy, LegacyError};
 use crate::memory::{self, MemoryError};
@@ -67,6 +68,8 @@ pub struct Settings {
     pub pci: bool,
     /// Log the guest's boot time, counted from this moment of the monotonic clock in microseconds.
     pub boot_timer: Option<u64>,
+    /// The way to whoever listens to `GET /events`.
+    pub events: EventBus,
 }
 
 /// Descriptors that the control thread waits for.
@@ -129,6 +132,7 @@ impl Vm {
             memory: memory.clone(),
             device_memory: DeviceMemory::new(Arc::clone(&vm), memory.clone(), free),
             host: Arc::new(io_loop),
+            events: settings.events.clone(),
         };
         let mut devices = DeviceSet::new(platform, &pio, pci)?;
         for device in config.devices() {
@@ -136,7 +140,7 @@ impl Vm {
         }
         boot::add_device_parameters(&mut command_line, &config, devices.mmio_places())?;
         if let Some(start) = settings.boot_timer {
-            crate::boot_timer::insert(&mmio, start)?;
+            crate::boot_timer::insert(&mmio, start, &settings.events)?;
         }
 
         let plan = boot::Plan {

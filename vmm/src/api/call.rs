@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use api_server::{Request, Responder, Response};
+use api_server::{Request, Responder, Response, Stream};
 
 use super::requests::{Endpoint, RequestMetrics};
 
@@ -40,14 +40,24 @@ impl Call {
     /// Answers it.
     pub fn answer(self, response: Response) {
         log_response(&response);
-        let failed = response.status() >= 400;
-        self.metrics
-            .finish(self.endpoint, self.start.elapsed(), failed, self.deprecated);
+        self.finish(response.status() >= 400);
         self.responder.send(if self.deprecated {
             response.deprecated()
         } else {
             response
         });
+    }
+
+    /// Answers it with a stream.
+    pub fn stream(self, content_type: &'static str) -> Stream {
+        log_success("200 OK");
+        self.finish(false);
+        self.responder.stream(content_type)
+    }
+
+    fn finish(&self, failed: bool) {
+        let time = self.start.elapsed();
+        self.metrics.finish(self.endpoint, time, failed, self.deprecated);
     }
 }
 
@@ -73,11 +83,15 @@ fn log_request(request: &Request) {
 
 fn log_response(response: &Response) {
     match response.status() {
-        200 => log::info!("The request was executed successfully. Status code: 200 OK."),
-        204 => log::info!("The request was executed successfully. Status code: 204 No Content."),
+        200 => log_success("200 OK"),
+        204 => log_success("204 No Content"),
         status => {
             let body = String::from_utf8_lossy(response.body().unwrap_or_default());
             log::error!("Received Error. Status code: {status} Bad Request. Message: {body}");
         }
     }
+}
+
+fn log_success(status: &str) {
+    log::info!("The request was executed successfully. Status code: {status}.");
 }

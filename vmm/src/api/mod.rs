@@ -7,7 +7,7 @@ mod call;
 mod error;
 mod requests;
 
-use api_server::{Method, Request, Response};
+use api_server::{Method, Request, Response, Stream};
 use devices::catalog::DeviceConfig;
 use devices::virtio::{DeviceKind, block, net, pmem};
 use serde::Deserialize;
@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::config::{
     BootSource, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
 };
+use crate::events::CONTENT_TYPE;
 
 pub use call::Call;
 pub use error::RouteError;
@@ -30,6 +31,7 @@ pub enum Action {
     GetVersion,
     GetMachineConfig,
     GetVmConfig,
+    GetEvents,
     PutMachineConfig(MachineConfig),
     PatchMachineConfig(MachinePatch),
     PutBootSource(BootSource),
@@ -57,6 +59,8 @@ pub enum Reply {
     Done,
     /// A JSON document.
     Json(String),
+    /// The stream of events.
+    Events,
 }
 
 /// A routed request.
@@ -115,6 +119,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Get, "") => Action::GetInstance,
         (Method::Get, "version") => Action::GetVersion,
         (Method::Get, "machine-config") => Action::GetMachineConfig,
+        (Method::Get, "events") => Action::GetEvents,
         (Method::Get, "vm") if id == Some("config") => Action::GetVmConfig,
         (Method::Put, "machine-config") => return put_machine_config(body),
         (Method::Patch, "machine-config") => return patch_machine_config(body),
@@ -284,11 +289,14 @@ fn action(body: ActionBody) -> Action {
     }
 }
 
-/// The answer to a carried-out action.
-pub fn response<E: std::error::Error>(result: Result<Reply, E>) -> Response {
-    match result {
+/// Answers what was carried out, or not; returns the stream if the answer is one.
+pub fn answer<E: std::error::Error>(call: Call, result: Result<Reply, E>) -> Option<Stream> {
+    let response = match result {
         Ok(Reply::Done) => Response::no_content(),
         Ok(Reply::Json(body)) => Response::json(body),
+        Ok(Reply::Events) => return Some(call.stream(CONTENT_TYPE)),
         Err(error) => Response::fault(400, &crate::error::chain(&error)),
-    }
+    };
+    call.answer(response);
+    None
 }

@@ -9,6 +9,7 @@ use devices::virtio::DeviceKind;
 use crate::boot::image::ImageError;
 use crate::config::ConfigError;
 use crate::device_set::DeviceSetError;
+use crate::events::MAX_SUBSCRIBERS;
 use crate::vm::VmError;
 
 /// Why an action was refused; nothing changed.
@@ -55,6 +56,9 @@ pub enum ControlError {
     /// Metrics have a path already.
     #[error("Metrics error: the metrics path is set already and stays until the process ends")]
     MetricsTwice,
+    /// As many as may listen do already.
+    #[error("Events error: {MAX_SUBSCRIBERS} clients listen already; end one of their connections")]
+    Subscribers,
     /// A metrics line could not be written.
     #[error("Metrics error: cannot write a line")]
     MetricsWrite(#[source] io::Error),

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use crate::api::{Action, Reply, RequestMetrics};
 use crate::boot::image::{Image, ImageKind};
 use crate::config::{LoggerConfig, MachineConfig, SerialConfig, VmConfig};
+use crate::events::Event;
 use crate::logger::LOGGER;
 use crate::metrics::MetricsSink;
 use crate::vm::{Settings, Vm, VmError};
@@ -78,6 +79,8 @@ impl Controller {
             }
             Action::GetMachineConfig => Ok(reply(&self.any_config().machine_config)),
             Action::GetVmConfig => Ok(reply(self.any_config())),
+            Action::GetEvents if self.events().has_room() => Ok(Reply::Events),
+            Action::GetEvents => Err(ControlError::Subscribers),
             Action::PutMachineConfig(config) => self.set_machine(config),
             Action::PatchMachineConfig(patch) => {
                 let config = self.config()?.machine_config.patched(&patch);
@@ -163,12 +166,15 @@ impl Controller {
         }
     }
 
-    fn instance_info(&self) -> Reply {
-        let state = match &self.state {
+    fn state_name(&self) -> &'static str {
+        match &self.state {
             State::Configuring(_) => "Not started",
             State::Running(vm) if vm.is_paused() => "Paused",
             State::Running(_) => "Running",
-        };
+        }
+    }
+
+    fn instance_info(&self) -> Reply {
         #[derive(Serialize)]
         struct Info<'a> {
             id: &'a str,
@@ -178,7 +184,7 @@ impl Controller {
         }
         reply(&Info {
             id: &self.instance.id,
-            state,
+            state: self.state_name(),
             vmm_version: API_VERSION,
             app_name: "Mayfly",
         })
@@ -222,6 +228,8 @@ impl Controller {
         }
         let patched = vm.patch_device(kind, id, patch);
         patched.map_err(|source| ControlError::Patch { kind, source })?;
+        let kind = kind.name();
+        self.events().publish(&Event::DeviceUpdated { kind, id });
         Ok(Reply::Done)
     }
 
@@ -231,12 +239,16 @@ impl Controller {
         vm.resume().map_err(ControlError::Start)?;
         self.state = State::Running(Box::new(vm));
         log::info!("The microVM is running.");
+        self.events().publish(&Event::Started);
         Ok(Reply::Done)
     }
 
     fn pause(&mut self) -> Result<Reply, ControlError> {
         let start = Instant::now();
-        self.vm()?.pause().map_err(ControlError::Vm)?;
+        if !self.vm()?.is_paused() {
+            self.vm()?.pause().map_err(ControlError::Vm)?;
+            self.events().publish(&Event::Paused);
+        }
         self.latencies.pause_vm = micros(start);
         self.latencies.vmm_pause_vm = self.latencies.pause_vm;
         Ok(Reply::Done)
@@ -244,7 +256,10 @@ impl Controller {
 
     fn resume(&mut self) -> Result<Reply, ControlError> {
         let start = Instant::now();
-        self.vm()?.resume().map_err(ControlError::Vm)?;
+        if self.vm()?.is_paused() {
+            self.vm()?.resume().map_err(ControlError::Vm)?;
+            self.events().publish(&Event::Resumed);
+        }
         self.latencies.resume_vm = micros(start);
         self.latencies.vmm_resume_vm = self.latencies.resume_vm;
         Ok(Reply::Done)

@@ -1,12 +1,14 @@
-//! What the controller tells about the process: its metrics.
+//! What the controller tells about the process: metrics and events.
 
 use std::io;
 
+use api_server::Stream;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{ControlError, Controller, State};
 use crate::config::MetricsConfig;
+use crate::events::{Event, EventBus};
 use crate::logger::LOGGER;
 use crate::metrics::{add_to_sum, blank_machine};
 use crate::{clock, signals};
@@ -60,6 +62,20 @@ impl Controller {
         }
         let line = self.collect_metrics();
         self.metrics.write(line)
+    }
+
+    /// The way to whoever listens to `GET /events`.
+    pub fn events(&self) -> &EventBus {
+        &self.instance.settings.events
+    }
+
+    /// Streams events from now on.
+    pub fn subscribe(&self, stream: Stream) {
+        let now = Event::Subscribed {
+            id: &self.instance.id,
+            state: self.state_name(),
+        };
+        self.events().subscribe(stream, &now);
     }
 
     /// All counters of the process.
