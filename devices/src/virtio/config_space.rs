@@ -57,6 +57,13 @@ impl ConfigSpace {
         }
     }
 
+    /// Where a write of `len` bytes at `offset` goes; none when a part of it is behind the end.
+    pub(super) fn place(&self, offset: u64, len: usize) -> Option<usize> {
+        let offset = usize::try_from(offset).ok()?;
+        let end = offset.checked_add(len)?;
+        (end <= self.lock().bytes.len()).then_some(offset)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Shown> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -83,5 +90,13 @@ mod tests {
         assert_eq!(data, [2, 0, 0]);
         space.read(u64::MAX, &mut data);
         assert_eq!(data, [0; 3]);
+    }
+
+    #[test]
+    fn has_a_place_for_what_ends_inside() {
+        let space = ConfigSpace::new(&[1, 2]);
+        assert_eq!((space.place(0, 2), space.place(1, 1)), (Some(0), Some(1)));
+        assert_eq!((space.place(1, 2), space.place(2, 1)), (None, None));
+        assert_eq!((space.place(u64::MAX, 1), space.place(u64::MAX, 8)), (None, None));
     }
 }

@@ -10,6 +10,9 @@ use super::{
 /// Size of both queues.
 pub(super) const QUEUE_SIZE: u16 = 8;
 
+/// Where the bytes of the configuration space begin that the driver may write.
+const WRITABLE: usize = 4;
+
 /// The device.
 pub(super) struct Echo {
     info: DeviceInfo,
@@ -18,7 +21,7 @@ pub(super) struct Echo {
 }
 
 impl Echo {
-    /// A device with two queues and six bytes of configuration space.
+    /// A device with two queues and six bytes of configuration space, of which the driver may write the last two.
     pub(super) fn new() -> Self {
         Self {
             info: DeviceInfo {
@@ -52,6 +55,12 @@ impl VirtioDevice for Echo {
 
     fn config_space(&self) -> &[u8] {
         &self.config
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        if offset >= WRITABLE {
+            self.config[offset..offset + data.len()].copy_from_slice(data);
+        }
     }
 
     fn activate(&mut self, _: &mut Io<'_>) -> Result<(), DeviceError> {

@@ -131,6 +131,12 @@ impl Lane {
         Ok(self.config.set(self.device.config_space()))
     }
 
+    /// The driver writes to the configuration space, inside of it.
+    pub fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.device.write_config(offset, data);
+        self.config.set(self.device.config_space());
+    }
+
     /// The device's state and its queues.
     pub fn save(&self) -> (Blob, Vec<Queue>) {
         (self.device.save(), self.queues.clone())

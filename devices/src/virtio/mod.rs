@@ -226,9 +226,12 @@ pub enum UpdateError {
 pub trait VirtioDevice: Send {
     /// Plain facts, the same for the whole life.
     fn info(&self) -> &DeviceInfo;
-    /// The device's configuration space; it is shown to the driver after creation and after every `update`, and
-    /// otherwise when the device sets [`Io::config`].
+    /// The device's configuration space; it is shown to the driver after creation, `reset`, `update` and
+    /// `write_config`, and otherwise when the device sets [`Io::config`].
     fn config_space(&self) -> &[u8];
+    /// The driver writes `data`, at most 8 bytes, at `offset` of the configuration space, inside of it. The device
+    /// takes what the driver may change, in its own copy, which is then shown; all else has no effect.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
     /// The driver is ready (also called once after a restore): watch own file descriptors.
     fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError>;
     /// The driver has kicked `queue`, which is ready. Also called without cause after a resume.

@@ -240,7 +240,10 @@ impl BusDevice for MmioVirtio {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let (0..register::CONFIG, &[a, b, c, d]) = (offset, data) {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
+            return self.slot.write_config(offset, data);
+        }
+        if let &[a, b, c, d] = data {
             self.set_register(offset, u32::from_le_bytes([a, b, c, d]));
         }
     }

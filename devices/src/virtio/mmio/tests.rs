@@ -162,6 +162,17 @@ fn tells_of_a_new_configuration_space() {
 }
 
 #[test]
+fn passes_writes_to_the_configuration_space_on() {
+    let mut setup = setup();
+    setup.start();
+    setup.device.write(0x104, b"X");
+    setup.device.write(0x104, b"YZ#!");
+    let mut bytes = [0xff; 8];
+    setup.device.read(0x100, &mut bytes);
+    assert_eq!(&bytes, b"confXg\0\0");
+}
+
+#[test]
 fn counts_its_interrupts() {
     let mut setup = setup();
     setup.device.slot().update(json!("fresh")).unwrap();

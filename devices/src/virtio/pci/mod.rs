@@ -280,6 +280,7 @@ impl BusDevice for PciVirtio {
     fn write(&mut self, offset: u64, data: &[u8]) {
         match offset {
             0..ISR_OFFSET => common::write(&mut self.slot, &self.irq, offset, data),
+            DEVICE_OFFSET..NOTIFY_OFFSET => self.slot.write_config(offset - DEVICE_OFFSET, data),
             NOTIFY_OFFSET..TABLE_OFFSET => {
                 let queue = (offset - NOTIFY_OFFSET) / u64::from(NOTIFY_MULTIPLIER);
                 self.slot.kick(u16::try_from(queue).expect("the region is small"));

@@ -258,10 +258,31 @@ impl VirtioSlot {
         self.config.read(offset, data);
     }
 
+    /// Writes to the configuration space. Wider writes than 8 bytes and those that end behind it have no effect.
+    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let mut bytes = [0; 8];
+        let (len, place) = (data.len(), self.config.place(offset, data.len()));
+        let (Some(offset), Some(copy)) = (place, bytes.get_mut(..len)) else {
+            return;
+        };
+        copy.copy_from_slice(data);
+        match &mut self.half {
+            Half::Idle(device) => {
+                device.write_config(offset, data);
+                self.config.set(device.config_space());
+            }
+            _ => self.on_lane(move |lane, _| lane.write_config(offset, &bytes[..len])),
+        }
+    }
+
     /// Takes the device back from the loop and forgets the driver.
     pub fn reset(&mut self) {
         self.half = match std::mem::replace(&mut self.half, Half::Moving) {
-            Half::Running(id) => Half::Idle(self.host.detach(id).into_device()),
+            Half::Running(id) => {
+                let device = self.host.detach(id).into_device();
+                self.config.set(device.config_space());
+                Half::Idle(device)
+            }
             idle => idle,
         };
         self.health.set_broken(false);

@@ -220,6 +220,42 @@ fn tells_the_driver_of_a_new_configuration_space() {
     assert_eq!(data, [0; 4]);
 }
 
+/// What the registers show of the configuration space.
+fn shown(slot: &VirtioSlot) -> [u8; 6] {
+    let mut data = [0; 6];
+    slot.read_config(0, &mut data);
+    data
+}
+
+#[test]
+fn lets_the_driver_write_what_the_device_takes() {
+    let mut setup = setup();
+    setup.slot.write_config(4, b"X");
+    assert_eq!(&shown(&setup.slot), b"confXg");
+    start(&mut setup);
+    setup.slot.write_config(5, b"Y");
+    setup.slot.write_config(0, b"ZZ");
+    assert_eq!(&shown(&setup.slot), b"confXY");
+    assert_eq!(setup.irq.config.load(Ordering::Relaxed), 0);
+    setup.slot.set_status(0);
+    assert_eq!(&shown(&setup.slot), b"confXY");
+}
+
+#[test]
+fn ignores_writes_that_end_behind_the_configuration_space() {
+    let mut setup = setup();
+    start(&mut setup);
+    setup.slot.write_config(5, b"XY");
+    setup.slot.write_config(6, b"X");
+    setup.slot.write_config(u64::MAX, b"X");
+    setup.slot.write_config(0, &[0; 9]);
+    setup.slot.update(json!("longer than nine")).unwrap();
+    setup.slot.write_config(4, &[0; 9]);
+    let mut data = [0; 16];
+    setup.slot.read_config(0, &mut data);
+    assert_eq!(&data, b"longer than nine");
+}
+
 #[test]
 fn refuses_a_malformed_patch_and_stays_as_it_is() {
     let mut setup = setup();

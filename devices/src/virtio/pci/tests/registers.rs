@@ -44,6 +44,17 @@ fn keeps_its_place_while_its_bar_is_sized() {
 }
 
 #[test]
+fn passes_writes_to_the_device_configuration_on() {
+    let guest = Guest::new();
+    guest.start();
+    guest.set(DEVICE_OFFSET + 4, b"XY");
+    guest.set(DEVICE_OFFSET, b"Z");
+    assert_eq!(&guest.get::<6>(DEVICE_OFFSET), b"confXY");
+    guest.set(NOTIFY_OFFSET - 1, b"Z");
+    assert_eq!(guest.get(NOTIFY_OFFSET - 1), [0]);
+}
+
+#[test]
 fn reaches_its_bar_through_configuration_space() {
     let guest = Guest::new();
     let window = guest.capability(9, Some(cap::PCI));
