@@ -1,8 +1,9 @@
 //! Metrics, in both forms: lines of JSON and Prometheus text. A guest of a few instructions is enough.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
-use mayfly_tests::{Drive, HOST_TIMEOUT, MonitorBuilder, Result, Scratch, TestVm, TinyKernel, Vm};
+use mayfly_tests::{Drive, HOST_TIMEOUT, Monitor, MonitorBuilder, Result, Scratch, TestVm, TinyKernel, Vm};
 use serde_json::{Map, Value, json};
 
 /// The groups of a line and their names, as tools for Firecracker's lines expect them; no more and no fewer.
@@ -243,5 +244,137 @@ fn a_process_that_a_signal_kills_leaves_a_line_that_says_so() -> Result {
             "{line}"
         );
     }
+    Ok(())
+}
+
+/// Samples by name and labels, and the type of each family.
+#[derive(Debug, Default)]
+struct Text {
+    samples: BTreeMap<String, f64>,
+    types: BTreeMap<String, String>,
+}
+
+/// Reads the text as Prometheus does; panics on what is not its format.
+#[track_caller]
+fn parse(text: &str) -> Text {
+    let mut parsed = Text::default();
+    let mut family = String::new();
+    assert!(text.ends_with('\n'));
+    for line in text.lines() {
+        if let Some(declared) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = declared.split_once(' ').unwrap_or_default();
+            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+            family = name.into();
+            // A family is declared once, so its samples stand together.
+            assert_eq!(parsed.types.insert(name.into(), kind.into()), None, "{line}");
+            continue;
+        }
+        let (sample, value) = line.rsplit_once(' ').unwrap_or_default();
+        let name = sample.split('{').next().unwrap_or_default();
+        let suffix = name.strip_prefix(&*family);
+        let of_histogram = matches!(suffix, Some("_bucket" | "_sum" | "_count"));
+        let is_histogram = parsed.types.get(&family).is_some_and(|kind| kind == "histogram");
+        assert!(
+            if is_histogram {
+                of_histogram
+            } else {
+                suffix == Some("")
+            },
+            "{line}"
+        );
+        assert!(
+            name.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_'),
+            "{line}"
+        );
+        let value = value.parse().unwrap_or(f64::NAN);
+        assert!(value >= 0.0, "{line}");
+        assert_eq!(parsed.samples.insert(sample.into(), value), None, "{line}");
+    }
+    parsed
+}
+
+fn scrape(monitor: &Monitor) -> Result<Text> {
+    let answer = monitor.get("/metrics")?.success()?;
+    assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4"));
+    Ok(parse(&answer.body))
+}
+
+#[test]
+fn prometheus_can_read_metrics_before_the_start() -> Result {
+    let monitor = MonitorBuilder::new("text")?.args(["--id", "vm-1"]).start()?;
+    let text = scrape(&monitor)?;
+    assert_eq!(text.samples[r#"mayfly_state{state="Not started"}"#], 1.0);
+    assert_eq!(text.samples[r#"mayfly_state{state="Running"}"#], 0.0);
+    assert!(
+        text.samples
+            .keys()
+            .any(|name| name.starts_with(r#"mayfly_info{id="vm-1",version=""#))
+    );
+    assert_eq!(text.samples["mayfly_uart_write_count_total"], 0.0);
+    assert_eq!(text.samples["mayfly_entropy_entropy_bytes_total"], 0.0);
+    assert_eq!(text.types["mayfly_vcpu_exit_io_in_total"], "counter");
+    assert_eq!(text.types["mayfly_latencies_us_pause_vm"], "gauge");
+    assert!(!text.types.contains_key("mayfly_block_read_count_total"));
+    Ok(())
+}
+
+#[test]
+fn prometheus_sees_every_drive_by_its_id() -> Result {
+    let (vm, scratch) = machine("drives", &TinyKernel::new().print("up\n").halt())?;
+    let image = scratch.file("image", [0; 4096])?;
+    let vm = up(vm
+        .drive(Drive::new("one", &image).read_only())
+        .drive(Drive::new("two", &image).read_only()))?;
+    let text = scrape(&vm)?;
+    for drive in ["one", "two"] {
+        assert_eq!(
+            text.samples[&format!(r#"mayfly_block_read_count_total{{drive="{drive}"}}"#)],
+            0.0
+        );
+        let bucket = format!(r#"mayfly_block_flush_seconds_bucket{{drive="{drive}",le="+Inf"}}"#);
+        assert_eq!(text.samples[&bucket], 0.0);
+    }
+    assert_eq!(text.types["mayfly_block_read_seconds"], "histogram");
+    assert_eq!(text.samples["mayfly_uart_write_count_total"], 3.0);
+    assert_eq!(text.samples[r#"mayfly_state{state="Running"}"#], 1.0);
+    Ok(())
+}
+
+#[test]
+fn reading_resets_nothing_and_a_line_neither() -> Result {
+    let (vm, _scratch) = machine("reading", &TinyKernel::new().print("up\n").halt())?;
+    let vm = up(vm)?;
+    scrape(&vm)?;
+    vm.action("FlushMetrics")?;
+    let text = scrape(&vm)?;
+    assert_eq!(text.samples["mayfly_uart_write_count_total"], 3.0);
+    assert_eq!(vm.metrics()?[0]["uart"]["write_count"], 3);
+    Ok(())
+}
+
+#[test]
+fn requests_are_timed_by_kind_however_they_end() -> Result {
+    let monitor = MonitorBuilder::new("times")?.start()?;
+    monitor.get("/version")?;
+    monitor.get("/version/x")?;
+    monitor.put("/machine-config", &json!({"vcpu_count": 0, "mem_size_mib": 1}))?;
+    monitor.get("/made/up")?;
+    monitor.get("/made-up-too")?;
+    let text = scrape(&monitor)?;
+    let count = |method: &str, resource: &str| {
+        let name = format!(r#"mayfly_api_request_seconds_count{{method="{method}",resource="{resource}"}}"#);
+        text.samples.get(&name).copied()
+    };
+    assert_eq!(count("GET", "version"), Some(2.0));
+    assert_eq!(count("PUT", "machine-config"), Some(1.0));
+    assert_eq!(count("GET", "other"), Some(2.0));
+    let buckets: Vec<_> = text
+        .samples
+        .iter()
+        .filter(|(name, _)| name.contains(r#"_bucket{method="GET",resource="version""#))
+        .collect();
+    assert_eq!(buckets.len(), 25);
+    let sum = text.samples[r#"mayfly_api_request_seconds_sum{method="GET",resource="version"}"#];
+    assert!(sum > 0.0 && sum < 60.0, "{sum}");
     Ok(())
 }

@@ -14,12 +14,13 @@ use devices::pci::{ConfigPorts, Ecam, PciError, PciSegment};
 use devices::virtio::mmio::{self, MmioVirtio};
 use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
 use devices::virtio::{DeviceKind, LaneHost, Report, Transport, UpdateError, VirtioDevice};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::device_memory::DeviceMemory;
 use crate::events::{Event, EventBus};
 use crate::kvm::{self, KvmError};
-use crate::metrics::add_to_sum;
+use crate::metrics::prometheus::Exposition;
+use crate::metrics::{DeviceMetrics, Totals, add_to_sum};
 use crate::pci_wiring::{Bars, Lines, MsiGsis};
 use crate::x86_64::layout;
 
@@ -231,18 +232,29 @@ impl DeviceSet {
             .for_each(|device| device.lock().slot().resume());
     }
 
-    /// Adds the devices' counters to a metrics line: each by itself, and the sum of its kind.
-    pub fn collect_metrics(&self, line: &mut Map<String, Value>) {
+    /// Adds the devices' counters.
+    pub fn collect_metrics(&self, totals: &mut Totals) {
         for device in &self.devices {
-            let kind = device.config.kind();
             let (counters, interrupts) = {
                 let mut transport = device.lock();
                 (transport.slot().metrics(), transport.interrupts())
             };
-            let groups = json!({(kind.name()): &counters, "interrupts": interrupts});
-            add_to_sum(line, &groups);
-            if kind.label().is_some() {
-                line.insert(format!("{}_{}", kind.name(), device.config.id()), counters);
+            add_to_sum(&mut totals.groups, &json!({"interrupts": interrupts}));
+            totals.devices.push(DeviceMetrics {
+                kind: device.config.kind(),
+                id: device.config.id().into(),
+                counters,
+            });
+        }
+    }
+
+    /// How long what the devices did took.
+    pub fn collect_histograms(&self, text: &mut Exposition) {
+        for device in &self.devices {
+            let kind = device.config.kind();
+            let label = kind.label().map(|label| (label, device.config.id()));
+            for (name, histogram) in device.lock().slot().histograms() {
+                text.histogram(&format!("{}_{name}", kind.name()), label.as_slice(), &histogram);
             }
         }
     }

@@ -8,7 +8,7 @@ use devices::SharedMemory;
 use devices::bus::{Bus, BusError};
 use devices::legacy::i8042::CtrlAltDelError;
 use devices::virtio::DeviceKind;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError};
@@ -20,7 +20,8 @@ use crate::events::EventBus;
 use crate::kvm::{self, KvmError};
 use crate::legacy::{Legacy, LegacyError};
 use crate::memory::{self, MemoryError};
-use crate::metrics::{TickRate, add_to_sum};
+use crate::metrics::prometheus::Exposition;
+use crate::metrics::{TickRate, Totals, add_to_sum};
 use crate::vcpu::{Ended, VcpuHandle, VcpuShared};
 use crate::x86_64::{layout, tsc};
 
@@ -282,12 +283,18 @@ impl Vm {
         *self.shared.reason.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds the machine's counters to a metrics line.
-    pub fn collect_metrics(&self, line: &mut Map<String, Value>) {
+    /// Adds the machine's counters.
+    pub fn collect_metrics(&self, totals: &mut Totals) {
         for vcpu in &self.vcpus {
-            add_to_sum(line, &json!({"vcpu": vcpu.metrics().to_json(&self.ticks)}));
+            let counters = vcpu.metrics().to_json(&self.ticks);
+            add_to_sum(&mut totals.groups, &json!({"vcpu": counters}));
         }
-        self.legacy.collect_metrics(line);
-        self.devices.collect_metrics(line);
+        self.legacy.collect_metrics(&mut totals.groups);
+        self.devices.collect_metrics(totals);
+    }
+
+    /// How long what the devices did took.
+    pub fn collect_histograms(&self, text: &mut Exposition) {
+        self.devices.collect_histograms(text);
     }
 }

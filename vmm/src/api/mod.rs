@@ -32,6 +32,7 @@ pub enum Action {
     GetMachineConfig,
     GetVmConfig,
     GetEvents,
+    GetMetrics,
     PutMachineConfig(MachineConfig),
     PatchMachineConfig(MachinePatch),
     PutBootSource(BootSource),
@@ -59,6 +60,8 @@ pub enum Reply {
     Done,
     /// A JSON document.
     Json(String),
+    /// A text of this media type.
+    Text(&'static str, String),
     /// The stream of events.
     Events,
 }
@@ -120,6 +123,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Get, "version") => Action::GetVersion,
         (Method::Get, "machine-config") => Action::GetMachineConfig,
         (Method::Get, "events") => Action::GetEvents,
+        (Method::Get, "metrics") => Action::GetMetrics,
         (Method::Get, "vm") if id == Some("config") => Action::GetVmConfig,
         (Method::Put, "machine-config") => return put_machine_config(body),
         (Method::Patch, "machine-config") => return patch_machine_config(body),
@@ -294,6 +298,7 @@ pub fn answer<E: std::error::Error>(call: Call, result: Result<Reply, E>) -> Opt
     let response = match result {
         Ok(Reply::Done) => Response::no_content(),
         Ok(Reply::Json(body)) => Response::json(body),
+        Ok(Reply::Text(kind, body)) => Response::with_content_type(kind, body),
         Ok(Reply::Events) => return Some(call.stream(CONTENT_TYPE)),
         Err(error) => Response::fault(400, &crate::error::chain(&error)),
     };

@@ -20,6 +20,7 @@ use crate::config::{LoggerConfig, MachineConfig, SerialConfig, VmConfig};
 use crate::events::Event;
 use crate::logger::LOGGER;
 use crate::metrics::MetricsSink;
+use crate::metrics::prometheus::CONTENT_TYPE;
 use crate::vm::{Settings, Vm, VmError};
 
 use observe::Latencies;
@@ -28,6 +29,9 @@ pub use error::ControlError;
 
 /// The API level that Mayfly implements.
 pub const API_VERSION: &str = "1.16.1";
+
+/// The names of the states that clients see.
+const STATES: [&str; 3] = ["Not started", "Running", "Paused"];
 
 enum State {
     Configuring(Box<VmConfig>),
@@ -79,6 +83,7 @@ impl Controller {
             }
             Action::GetMachineConfig => Ok(reply(&self.any_config().machine_config)),
             Action::GetVmConfig => Ok(reply(self.any_config())),
+            Action::GetMetrics => Ok(Reply::Text(CONTENT_TYPE, self.exposition())),
             Action::GetEvents if self.events().has_room() => Ok(Reply::Events),
             Action::GetEvents => Err(ControlError::Subscribers),
             Action::PutMachineConfig(config) => self.set_machine(config),
@@ -168,9 +173,9 @@ impl Controller {
 
     fn state_name(&self) -> &'static str {
         match &self.state {
-            State::Configuring(_) => "Not started",
-            State::Running(vm) if vm.is_paused() => "Paused",
-            State::Running(_) => "Running",
+            State::Configuring(_) => STATES[0],
+            State::Running(vm) if vm.is_paused() => STATES[2],
+            State::Running(_) => STATES[1],
         }
     }
 

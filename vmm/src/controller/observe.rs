@@ -4,13 +4,15 @@ use std::io;
 
 use api_server::Stream;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
-use super::{ControlError, Controller, State};
+use super::{ControlError, Controller, STATES, State};
+use crate::api::Endpoint;
 use crate::config::MetricsConfig;
 use crate::events::{Event, EventBus};
 use crate::logger::LOGGER;
-use crate::metrics::{add_to_sum, blank_machine};
+use crate::metrics::prometheus::Exposition;
+use crate::metrics::{Totals, add_to_sum, blank_machine};
 use crate::{clock, signals};
 
 /// How long the last one of each action took, in microseconds: seen by the client, and in the machine alone.
@@ -41,7 +43,7 @@ impl Controller {
         if let Some(properties) = config.properties {
             tags.insert("properties".into(), json!(properties));
         }
-        let now = self.collect_metrics();
+        let now = self.collect_metrics().into_line();
         let opened = self.metrics.open(&config.metrics_path, tags, now);
         opened.map_err(|source| ControlError::Sink {
             section: "Metrics",
@@ -60,7 +62,7 @@ impl Controller {
         if !self.metrics.is_set() {
             return Ok(());
         }
-        let line = self.collect_metrics();
+        let line = self.collect_metrics().into_line();
         self.metrics.write(line)
     }
 
@@ -79,9 +81,9 @@ impl Controller {
     }
 
     /// All counters of the process.
-    fn collect_metrics(&self) -> Map<String, Value> {
+    fn collect_metrics(&self) -> Totals {
         let (startup, startup_cpu) = self.instance.startup_us;
-        let mut line = blank_machine();
+        let mut groups = blank_machine();
         let process = json!({
             "utc_timestamp_ms": clock::unix_us() / 1000,
             "api_server": {
@@ -108,11 +110,41 @@ impl Controller {
             },
             "vmm": {"panic_count": 0},
         });
-        add_to_sum(&mut line, &process);
-        add_to_sum(&mut line, &self.requests.to_json());
+        add_to_sum(&mut groups, &process);
+        add_to_sum(&mut groups, &self.requests.to_json());
+        let mut totals = Totals {
+            groups,
+            devices: Vec::new(),
+        };
         if let State::Running(vm) = &self.state {
-            vm.collect_metrics(&mut line);
+            vm.collect_metrics(&mut totals);
         }
-        line
+        totals
+    }
+
+    /// All counters and durations, as text for Prometheus.
+    pub(super) fn exposition(&self) -> String {
+        let mut text = Exposition::default();
+        text.totals(self.collect_metrics());
+        text.gauge(
+            "info",
+            &[("id", &self.instance.id), ("version", env!("CARGO_PKG_VERSION"))],
+            1,
+        );
+        for state in STATES {
+            text.gauge(
+                "state",
+                &[("state", state)],
+                u64::from(state == self.state_name()),
+            );
+        }
+        for (Endpoint { method, resource }, times) in self.requests.histograms() {
+            let labels = [("method", method), ("resource", resource)];
+            text.histogram("api_request", &labels, &times);
+        }
+        if let State::Running(vm) = &self.state {
+            vm.collect_histograms(&mut text);
+        }
+        text.finish()
     }
 }

@@ -4,12 +4,13 @@
 //! collects, writes a line every minute, on request and at exit, and answers `GET /metrics`.
 
 pub mod last_words;
+pub mod prometheus;
 mod sink;
 mod vcpu;
 
 use devices::catalog::{KINDS, blank_metrics};
 use devices::legacy::{i8042, serial};
-use devices::virtio::InterruptMetrics;
+use devices::virtio::{DeviceKind, InterruptMetrics};
 use serde_json::{Map, Value, json};
 
 pub use sink::MetricsSink;
@@ -31,7 +32,41 @@ pub fn blank_machine() -> Map<String, Value> {
     line
 }
 
-/// Adds a device's counters to the sum of its kind.
+/// The counters of one device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeviceMetrics {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Which one.
+    pub id: String,
+    /// Its counters since its creation.
+    pub counters: Value,
+}
+
+/// All counters of the process since its start.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Totals {
+    /// By group and name; what devices count is not in it.
+    pub groups: Map<String, Value>,
+    /// What each device counts.
+    pub devices: Vec<DeviceMetrics>,
+}
+
+impl Totals {
+    /// The content of a line: devices are summed per kind, and those that users name have a group each.
+    pub fn into_line(self) -> Map<String, Value> {
+        let mut line = self.groups;
+        for DeviceMetrics { kind, id, counters } in self.devices {
+            add_to_sum(&mut line, &json!({(kind.name()): &counters}));
+            if kind.label().is_some() {
+                line.insert(format!("{}_{id}", kind.name()), counters);
+            }
+        }
+        line
+    }
+}
+
+/// Adds counters to those of the same names.
 pub fn add_to_sum(sum: &mut Map<String, Value>, counters: &Value) {
     let Value::Object(counters) = counters else { return };
     for (key, value) in counters {
@@ -78,6 +113,25 @@ mod tests {
         assert_eq!(
             Value::Object(sum),
             json!({"a": 3, "agg": {"min_us": 3, "max_us": 9, "sum_us": 2}})
+        );
+    }
+
+    #[test]
+    fn a_line_has_the_sum_of_a_kind_and_each_device_that_has_a_name() {
+        let device = |kind, id: &str, count| DeviceMetrics {
+            kind,
+            id: id.into(),
+            counters: json!({"n": count}),
+        };
+        let devices = vec![
+            device(DeviceKind::Block, "a", 1),
+            device(DeviceKind::Block, "b", 2),
+            device(DeviceKind::Entropy, "entropy", 4),
+        ];
+        let groups = Map::from_iter([("vcpu".to_owned(), json!({"n": 8}))]);
+        assert_eq!(
+            Value::Object(Totals { groups, devices }.into_line()),
+            json!({"block": {"n": 3}, "block_a": {"n": 1}, "block_b": {"n": 2}, "entropy": {"n": 4}, "vcpu": {"n": 8}})
         );
     }
 
