@@ -140,11 +140,7 @@ impl DeviceSet {
     /// A set without devices; with `pci` there is a bus for them.
     pub fn new(platform: Platform, pio: &Arc<Bus>, pci: bool) -> Result<Self, BusError> {
         let wiring = if pci {
-            let bars = Arc::new(Bars::new(
-                Arc::clone(&platform.mmio),
-                Arc::clone(pio),
-                Arc::clone(&platform.vm),
-            ));
+            let bars = Arc::new(Bars::new(&platform.mmio, pio, Arc::clone(&platform.vm)));
             let segment = Arc::new(PciSegment::new(bars.clone()));
             let ecam = Ecam::new(Arc::clone(&segment));
             platform

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use devices::bus::{Bus, BusDevice, SharedDevice};
 use devices::pci::{BarMapper, IntxLine, MsiMessage, MsiRouter};
@@ -16,9 +16,11 @@ use crate::kvm::{self, KvmError};
 use crate::x86_64::layout;
 
 /// The BARs of all slots.
+///
+/// The buses hold the segment, which holds the BARs: a machine would never end if these held the buses.
 pub(crate) struct Bars {
-    mmio: Arc<Bus>,
-    pio: Arc<Bus>,
+    mmio: Weak<Bus>,
+    pio: Weak<Bus>,
     vm: Arc<kvm::Vm>,
     slots: Mutex<BTreeMap<u8, Registers>>,
 }
@@ -32,8 +34,9 @@ struct Registers {
 
 impl Bars {
     /// No BARs yet.
-    pub(crate) fn new(mmio: Arc<Bus>, pio: Arc<Bus>, vm: Arc<kvm::Vm>) -> Self {
+    pub(crate) fn new(mmio: &Arc<Bus>, pio: &Arc<Bus>, vm: Arc<kvm::Vm>) -> Self {
         let slots = Mutex::default();
+        let (mmio, pio) = (Arc::downgrade(mmio), Arc::downgrade(pio));
         Self { mmio, pio, vm, slots }
     }
 
@@ -56,7 +59,7 @@ impl Bars {
         if at < window.start || at > window.end - BAR_LEN {
             return Err(outside_window());
         }
-        self.mmio
+        bus(&self.mmio)?
             .insert(at, BAR_LEN, Arc::clone(&registers.device))
             .map_err(io::Error::other)
     }
@@ -68,7 +71,7 @@ impl Bars {
             return Err(outside_window());
         }
         let ports: SharedDevice = Arc::new(Mutex::new(NotifyPorts(kicks.to_vec())));
-        self.pio
+        bus(&self.pio)?
             .insert(at.into(), count.into(), ports)
             .map_err(io::Error::other)?;
         for (queue, kick) in (0u16..).zip(kicks) {
@@ -84,7 +87,9 @@ impl Bars {
     }
 
     fn unmap_ports(&self, at: u16, kicks: &[Arc<EventFd>]) {
-        self.pio.remove(at.into());
+        if let Ok(pio) = bus(&self.pio) {
+            pio.remove(at.into());
+        }
         for (queue, kick) in (0u16..).zip(kicks) {
             if let Err(error) = self
                 .vm
@@ -94,6 +99,11 @@ impl Bars {
             }
         }
     }
+}
+
+/// A bus is there as long as the machine.
+fn bus(bus: &Weak<Bus>) -> io::Result<Arc<Bus>> {
+    bus.upgrade().ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 fn outside_window() -> io::Error {
@@ -119,7 +129,7 @@ impl BarMapper for Bars {
     fn moved(&self, slot: u8, old: Option<u64>, new: Option<u64>) -> io::Result<()> {
         let registers = self.registers(slot)?;
         if let Some(old) = old {
-            self.mmio.remove(old);
+            bus(&self.mmio)?.remove(old);
         }
         new.map_or(Ok(()), |new| self.map(new, &registers))
     }
