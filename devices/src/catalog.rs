@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::memory_host::MemoryHost;
-use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, net, pmem, rng};
+use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, net, pmem, rng, vsock};
 
 /// The config of any device.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,14 +17,17 @@ pub enum DeviceConfig {
     Entropy(rng::Config),
     /// A file as memory.
     Pmem(pmem::Config),
+    /// Sockets between guest and host.
+    Vsock(vsock::Config),
 }
 
 /// All kinds of devices.
-pub const KINDS: [DeviceKind; 4] = [
+pub const KINDS: [DeviceKind; 5] = [
     DeviceKind::Block,
     DeviceKind::Net,
     DeviceKind::Entropy,
     DeviceKind::Pmem,
+    DeviceKind::Vsock,
 ];
 
 /// The counters of a device that has done nothing, as one JSON object.
@@ -37,6 +40,7 @@ pub fn blank_metrics(kind: DeviceKind) -> Value {
         DeviceKind::Net => blank::<net::Metrics>(),
         DeviceKind::Entropy => blank::<rng::Metrics>(),
         DeviceKind::Pmem => blank::<pmem::Metrics>(),
+        DeviceKind::Vsock => blank::<vsock::Metrics>(),
     }
 }
 
@@ -52,6 +56,9 @@ pub enum BuildError {
     /// A file as memory.
     #[error("Unable to create the virtio pmem device")]
     Pmem(#[from] pmem::OpenError),
+    /// Sockets between guest and host.
+    #[error("Cannot create backend for vsock device")]
+    Vsock(#[from] vsock::OpenError),
 }
 
 impl DeviceConfig {
@@ -62,6 +69,7 @@ impl DeviceConfig {
             Self::Net(_) => DeviceKind::Net,
             Self::Entropy(_) => DeviceKind::Entropy,
             Self::Pmem(_) => DeviceKind::Pmem,
+            Self::Vsock(_) => DeviceKind::Vsock,
         }
     }
 
@@ -72,6 +80,7 @@ impl DeviceConfig {
             Self::Net(config) => &config.iface_id,
             Self::Entropy(_) => "entropy",
             Self::Pmem(config) => &config.id,
+            Self::Vsock(_) => "vsock",
         }
     }
 
@@ -82,7 +91,7 @@ impl DeviceConfig {
             Self::Net(config) => config.patch(serde_json::from_value(patch.clone())?),
             // Its patch changes limits only.
             Self::Pmem(_) => {}
-            Self::Entropy(_) => {
+            Self::Entropy(_) | Self::Vsock(_) => {
                 return Err(UpdateError::Refused("this device takes no changes".into()));
             }
         }
@@ -96,6 +105,7 @@ impl DeviceConfig {
             Self::Block(config) => drop(config.build()?),
             Self::Net(config) => drop(config.build()?),
             Self::Entropy(_) => {}
+            Self::Vsock(config) => drop(config.build()?),
             Self::Pmem(config) => config.validate().map_err(pmem::OpenError::from)?,
         }
         Ok(())
@@ -108,6 +118,7 @@ impl DeviceConfig {
             Self::Net(config) => Box::new(config.build()?),
             Self::Entropy(config) => Box::new(config.build()),
             Self::Pmem(config) => Box::new(config.build(host)?),
+            Self::Vsock(config) => Box::new(config.build()?),
         })
     }
 }

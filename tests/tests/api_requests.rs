@@ -39,7 +39,6 @@ fn resources_to_come_are_refused_with_a_reason() -> Result {
     for (method, path, body) in [
         ("PUT", "/balloon", "{}"),
         ("GET", "/balloon", ""),
-        ("PUT", "/vsock", "{}"),
         ("PUT", "/cpu-config", "{}"),
         ("PUT", "/mmds", "{}"),
         ("GET", "/mmds", ""),

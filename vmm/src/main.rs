@@ -1,10 +1,9 @@
 //! The process `mayfly`: one VM. It reads the command line, opens the log and the API socket, starts the `api` thread
 //! and becomes the control thread.
 
-#![no_main]
-
 use std::io;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -25,20 +24,13 @@ const GENERIC_ERROR: u8 = 1;
 const BAD_CONFIGURATION: u8 = 152;
 const BAD_ARGUMENTS: u8 = 153;
 
-/// Where the C library enters, see [`vmm::start`].
-// SAFETY: the name and the type are what the C library calls, once, with its own arguments.
-#[unsafe(no_mangle)]
-extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int {
-    vmm::start::prepare();
-    std::process::exit(mayfly().into())
-}
-
-fn mayfly() -> u8 {
+fn main() -> ExitCode {
+    vmm::memory::share_one_heap();
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Run(args)) => args,
         Ok(Command::Help) => {
             print!("{}", args::HELP);
-            return 0;
+            return ExitCode::SUCCESS;
         }
         Ok(Command::Version) => {
             println!(
@@ -46,16 +38,16 @@ fn mayfly() -> u8 {
                 env!("CARGO_PKG_VERSION"),
                 controller::API_VERSION
             );
-            return 0;
+            return ExitCode::SUCCESS;
         }
         Err(error) => {
             eprintln!("mayfly: {error}\nFor more information try --help.");
             let bad_level = matches!(error, ArgsError::Level(_));
-            return if bad_level {
+            return ExitCode::from(if bad_level {
                 BAD_CONFIGURATION
             } else {
                 BAD_ARGUMENTS
-            };
+            });
         }
     };
     let exit = run(&args);
@@ -66,7 +58,7 @@ fn mayfly() -> u8 {
                 "Mayfly exiting {}. exit_code={code}",
                 if code == 0 { "successfully" } else { "with error" }
             );
-            code
+            ExitCode::from(code)
         }
         Ok(Exit::Signal(signal)) => {
             log::info!("Mayfly exiting after signal {signal}.");
@@ -78,7 +70,7 @@ fn mayfly() -> u8 {
             log::error!("{text}");
             eprintln!("mayfly: {text}");
             log::info!("Mayfly exiting with error. exit_code={GENERIC_ERROR}");
-            GENERIC_ERROR
+            ExitCode::from(GENERIC_ERROR)
         }
     }
 }

@@ -29,19 +29,20 @@ const FATAL: [(c_int, c_int, &str); 7] = [
 ];
 
 static PIPES: AtomicU64 = AtomicU64::new(0);
-/// The API socket, to be removed by a fatal signal's handler.
-static SOCKET: OnceLock<CString> = OnceLock::new();
+/// The sockets of the API and of the vsock device, to be removed by a fatal signal's handler.
+static SOCKETS: [OnceLock<CString>; 2] = [const { OnceLock::new() }; 2];
 
 /// Broken pipes so far.
 pub fn broken_pipes() -> u64 {
     PIPES.load(Ordering::Relaxed)
 }
 
-/// Lets a fatal signal remove the socket file.
+/// Lets a fatal signal remove a socket file: that of the API, or that of the vsock device.
 pub fn remove_on_fault(socket: &Path) {
     if let Ok(path) = CString::new(socket.as_os_str().as_bytes()) {
-        // There is one API socket.
-        let _ = SOCKET.set(path);
+        let free = SOCKETS.iter().find(|place| place.get().is_none());
+        // Each of the two sockets comes once, from the control thread.
+        let _ = free.map(|place| place.set(path));
     }
 }
 
@@ -60,14 +61,14 @@ extern "C" fn on_fatal(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     // of the given length, and to a string that ends with zero.
     unsafe {
         libc::write(2, text.as_ptr().cast(), text.len());
-        remove_socket();
+        remove_sockets();
         libc::_exit(code);
     }
 }
 
-/// Removes the API socket on a way out that passes by its owner. Async-signal-safe.
-fn remove_socket() {
-    if let Some(path) = SOCKET.get() {
+/// Removes the sockets on a way out that passes by their owners. Async-signal-safe.
+fn remove_sockets() {
+    for path in SOCKETS.iter().filter_map(OnceLock::get) {
         // SAFETY: needed because the standard library's call takes memory. The path ends with zero.
         unsafe { libc::unlink(path.as_ptr()) };
     }
@@ -81,7 +82,7 @@ pub fn on_panic() {
         print(panic);
         log::error!(target: crate::logger::FATAL, "Mayfly has panicked: {panic}");
         last_words::write("panic_count");
-        remove_socket();
+        remove_sockets();
     }));
 }
 

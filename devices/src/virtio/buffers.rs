@@ -106,6 +106,50 @@ impl<'m> Buffers<'m> {
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Reads from the socket `fd` into the pieces, without waiting. Returns the bytes read.
+    pub fn receive(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut message = self.message();
+        // SAFETY: needed to read into guest memory without a copy. Each piece lies in guest memory that outlives 'm
+        // and to which no reference exists; the message lives across the call.
+        let read = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Writes the pieces to the socket `fd`, as far as it takes them without waiting, and without a SIGPIPE when nobody
+    /// reads. Returns the bytes written.
+    pub fn send(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: needed to write from guest memory without a copy. Each piece lies in guest memory that outlives 'm,
+        // and the message lives across the call.
+        let written = unsafe { libc::sendmsg(fd.as_raw_fd(), &self.message(), flags) };
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn message(&self) -> libc::msghdr {
+        // SAFETY: needed as the structure has private padding. All zero means no name, no pieces, no control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = self.pieces.as_ptr().cast_mut();
+        message.msg_iovlen = self.pieces.len();
+        message
+    }
+
+    /// Appends the pieces of `other` from its byte `offset` on; both then name the same memory.
+    pub fn extend_from(&mut self, other: &Buffers<'m>, offset: usize) {
+        let mut skip = offset;
+        for piece in &other.pieces {
+            if skip >= piece.iov_len {
+                skip -= piece.iov_len;
+                continue;
+            }
+            self.pieces.push(libc::iovec {
+                iov_base: piece.iov_base.cast::<u8>().wrapping_add(skip).cast(),
+                iov_len: piece.iov_len - skip,
+            });
+            self.len += piece.iov_len - skip;
+            skip = 0;
+        }
+    }
+
     /// Drops the first `count` bytes, or all when there are fewer.
     pub fn advance(&mut self, count: usize) {
         let mut left = count.min(self.len);
@@ -298,6 +342,35 @@ mod tests {
         assert_eq!(buffers.readv(to.as_fd(), &mut rest).unwrap(), 3);
         assert_eq!((buffers.len(), buffers.iovecs().len()), (2, 1));
         assert_eq!((into, rest), ([1, 2], [3, 0, 0, 0]));
+    }
+
+    #[test]
+    fn receives_and_sends_without_waiting() {
+        let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (mut a, mut b, mut into) = ([1, 2], [3], [0; 4]);
+        let mut pieces = [&mut into[..]];
+        let mut room = buffers(&mut pieces);
+        let nothing = room.receive(far.as_fd()).unwrap_err();
+        assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
+        let sent = buffers(&mut [&mut a[..], &mut b[..]]).send(near.as_fd());
+        assert_eq!((sent.unwrap(), room.receive(far.as_fd()).unwrap()), (3, 3));
+        drop(far);
+        let refused = buffers(&mut [&mut a[..]]).send(near.as_fd()).unwrap_err();
+        assert_eq!((into, refused.kind()), ([1, 2, 3, 0], io::ErrorKind::BrokenPipe));
+    }
+
+    #[test]
+    fn extends_by_the_rest_of_another() {
+        let (mut a, mut b) = ([1, 2, 3], [4, 5]);
+        let mut pieces = [&mut a[..], &mut b[..]];
+        let other = buffers(&mut pieces);
+        let mut all = Buffers::new();
+        for offset in [2, 3, 5, 9] {
+            all.extend_from(&other, offset);
+        }
+        let mut out = [0; 8];
+        assert_eq!((all.read(0, &mut out), all.len(), other.len()), (5, 5, 5));
+        assert_eq!(out[..5], [3, 4, 5, 4, 5]);
     }
 
     #[test]

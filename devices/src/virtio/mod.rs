@@ -17,9 +17,11 @@ pub mod rng;
 pub mod slot;
 pub mod state;
 pub mod throttle;
+pub mod vsock;
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Instant;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -35,7 +37,6 @@ pub use state::{Blob, StateError};
 pub use throttle::Throttle;
 
 use crate::GuestMemory;
-use crate::timer::Clock;
 
 /// Feature bits that belong to the transport and not to one device kind (virtio 1.2 §6).
 pub mod feature {
@@ -61,6 +62,8 @@ pub enum DeviceKind {
     Entropy = 4,
     /// Memory with a file behind it.
     Pmem = 27,
+    /// Sockets between guest and host.
+    Vsock = 19,
 }
 
 impl DeviceKind {
@@ -75,6 +78,7 @@ impl DeviceKind {
             DeviceKind::Net => "net",
             DeviceKind::Block => "block",
             DeviceKind::Entropy => "entropy",
+            DeviceKind::Vsock => "vsock",
             DeviceKind::Pmem => "pmem",
         }
     }
@@ -84,7 +88,7 @@ impl DeviceKind {
         match self {
             DeviceKind::Net => Some("iface"),
             DeviceKind::Block => Some("drive"),
-            DeviceKind::Entropy => None,
+            DeviceKind::Entropy | DeviceKind::Vsock => None,
             DeviceKind::Pmem => Some("pmem"),
         }
     }
@@ -96,6 +100,7 @@ impl DeviceKind {
             DeviceKind::Block => (0x01, 0x80),
             DeviceKind::Entropy => (0xff, 0x00),
             DeviceKind::Pmem => (0x05, 0x80),
+            DeviceKind::Vsock => (0x07, 0x80),
         }
     }
 }
@@ -142,6 +147,21 @@ pub trait Watch {
     fn add(&self, fd: RawFd, token: u32) -> io::Result<()>;
     /// Stops watching `fd`.
     fn remove(&self, fd: RawFd) -> io::Result<()>;
+}
+
+/// Tells the time, which never goes back.
+pub trait Clock {
+    /// This moment.
+    fn now(&self) -> Instant;
+}
+
+/// The host's monotonic clock.
+pub struct HostClock;
+
+impl Clock for HostClock {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
 }
 
 /// What is lent to a device for one call.

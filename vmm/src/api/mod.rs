@@ -9,7 +9,7 @@ mod requests;
 
 use api_server::{Method, Request, Response, Stream};
 use devices::catalog::DeviceConfig;
-use devices::virtio::{DeviceKind, block, net, pmem};
+use devices::virtio::{DeviceKind, block, net, pmem, vsock};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -102,13 +102,12 @@ enum VmState {
 }
 
 /// Resources that Firecracker's API has and this version does not.
-const UNSUPPORTED: [&str; 7] = [
+const UNSUPPORTED: [&str; 6] = [
     "balloon",
     "cpu-config",
     "hotplug",
     "mmds",
     "snapshot",
-    "vsock",
     "network-interfaces",
 ];
 
@@ -135,6 +134,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, "pmem") => put_pmem(id, body)?,
         (Method::Patch, "pmem") => patch_pmem(id, body)?,
         (Method::Put, "entropy") => put_device(DeviceConfig::Entropy(json(body)?)),
+        (Method::Put, "vsock") => return put_vsock(body),
         (Method::Put, "serial") => Action::PutSerial(json(body)?),
         (Method::Put, "logger") => Action::PutLogger(json(body)?),
         (Method::Put, "metrics") => Action::PutMetrics(json(body)?),
@@ -267,6 +267,15 @@ fn same_iface_id(path: &str, body: &str) -> Result<(), RouteError> {
     Err(RouteError::IdMismatch(format!(
         "The id from the path [{path}] does not match the id from the body [{body}]!"
     )))
+}
+
+fn put_vsock(body: &[u8]) -> Result<Routed, RouteError> {
+    let config: vsock::Config = json(body)?;
+    let deprecated = config.vsock_id.is_some();
+    Ok(Routed {
+        action: put_device(DeviceConfig::Vsock(config)),
+        deprecated,
+    })
 }
 
 fn same_id(path: &str, body: &str) -> Result<(), RouteError> {

@@ -6,7 +6,7 @@ mod machine;
 mod process;
 
 use devices::catalog::DeviceConfig;
-use devices::virtio::{DeviceKind, block, net, pmem, rng};
+use devices::virtio::{DeviceKind, block, net, pmem, rng, vsock};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use file::{ConfigFileError, read_config_file};
@@ -129,9 +129,9 @@ pub struct VmConfig {
     /// Network cards.
     #[serde(default)]
     pub network_interfaces: Vec<net::Config>,
-    /// Not supported yet.
+    /// Sockets between guest and host.
     #[serde(default)]
-    pub vsock: Absent,
+    pub vsock: Option<vsock::Config>,
     /// The entropy device.
     #[serde(default)]
     pub entropy: Option<rng::Config>,
@@ -153,7 +153,13 @@ impl VmConfig {
         let nets = self.network_interfaces.iter().cloned().map(DeviceConfig::Net);
         let entropy = self.entropy.iter().cloned().map(DeviceConfig::Entropy);
         let pmem = self.pmem.iter().cloned().map(DeviceConfig::Pmem);
-        drives.chain(nets).chain(entropy).chain(pmem).collect()
+        let vsock = self.vsock.iter().cloned().map(DeviceConfig::Vsock);
+        drives
+            .chain(nets)
+            .chain(vsock)
+            .chain(entropy)
+            .chain(pmem)
+            .collect()
     }
 
     /// The virtio device of this kind and name.
@@ -169,6 +175,7 @@ impl VmConfig {
             DeviceConfig::Net(net) => self.put_net(net)?,
             DeviceConfig::Entropy(entropy) => self.entropy = Some(entropy),
             DeviceConfig::Pmem(pmem) => self.put_pmem(pmem)?,
+            DeviceConfig::Vsock(vsock) => self.vsock = Some(vsock),
         }
         Ok(())
     }

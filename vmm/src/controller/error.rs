@@ -77,6 +77,7 @@ fn section(kind: DeviceKind) -> &'static str {
         DeviceKind::Net => "Network",
         DeviceKind::Entropy => "Entropy",
         DeviceKind::Pmem => "Pmem",
+        DeviceKind::Vsock => "Vsock",
     }
 }
 
@@ -87,5 +88,6 @@ fn refused_patch(kind: DeviceKind) -> &'static str {
         DeviceKind::Net => "Network config error: Unable to update the net device",
         DeviceKind::Entropy => "Entropy config error",
         DeviceKind::Pmem => "Pmem config error: Unable to patch the pmem device",
+        DeviceKind::Vsock => "Vsock config error",
     }
 }

@@ -242,6 +242,9 @@ impl Controller {
         let config = self.config()?.clone();
         let mut vm = Vm::build(config, &self.instance.settings).map_err(ControlError::Start)?;
         vm.resume().map_err(ControlError::Start)?;
+        if let Some(vsock) = &vm.config().vsock {
+            crate::signals::remove_on_fault(&vsock.uds_path);
+        }
         self.state = State::Running(Box::new(vm));
         log::info!("The microVM is running.");
         self.events().publish(&Event::Started);
