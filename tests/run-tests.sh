@@ -139,7 +139,7 @@ main() {
     require_tools cc:gcc curl:curl ip:iproute2
     rm -rf "$LOGS"
     mkdir -p "$LOGS"
-    [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --bins --locked -- "${filters[@]}"
+    [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --locked -- "${filters[@]}"
     if [[ $parts != unit ]]; then
         say "building the release binaries"
         cargo build --release --locked

@@ -18,9 +18,8 @@ use vm_memory::{Bytes, GuestAddress};
 pub use ledger::{Account, LEDGER_START, Ledger};
 
 use crate::GuestMemory;
-use crate::virtio::{
-    Clock, ConfigSpace, Io, Irq, Job, Lane, LaneHost, LaneId, Queue, QueueConfig, Vector, Watch,
-};
+use crate::timer::Clock;
+use crate::virtio::{ConfigSpace, Io, Irq, Job, Lane, LaneHost, LaneId, Queue, QueueConfig, Vector, Watch};
 
 /// Plain guest memory of `len` bytes from address zero.
 pub fn memory(len: usize) -> GuestMemory {

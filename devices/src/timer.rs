@@ -1,8 +1,9 @@
 //! [`Timer`]: a descriptor that becomes readable after a while. It belongs to a device and is watched by its io loop.
+//! [`Clock`]: what time it is, for devices whose tests decide that themselves.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -33,6 +34,21 @@ impl Timer {
     /// Expires no more.
     pub fn stop(&mut self) -> io::Result<()> {
         Ok(self.0.clear()?)
+    }
+}
+
+/// Tells the time, which never goes back.
+pub trait Clock {
+    /// This moment.
+    fn now(&self) -> Instant;
+}
+
+/// The host's monotonic clock.
+pub struct HostClock;
+
+impl Clock for HostClock {
+    fn now(&self) -> Instant {
+        Instant::now()
     }
 }
 

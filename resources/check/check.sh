@@ -31,7 +31,7 @@ main() {
     step "formatting" cargo fmt --all --check
     step "lints" cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
     step "documentation" lint_docs
-    step "unit tests" cargo test --workspace --lib --bins --locked --quiet
+    step "unit tests" cargo test --workspace --lib --locked --quiet
     step "examples in the documentation" cargo test --workspace --doc --locked --quiet
     step "fuzz targets" tests/fuzz/run.sh "${FUZZ_SECONDS:-5}"
     step "git status" unchanged "$before"

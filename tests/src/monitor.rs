@@ -70,6 +70,22 @@ impl Monitor {
         Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
     }
 
+    /// How often its io threads have gone to sleep so far.
+    pub fn io_sleeps(&self) -> Result<u64> {
+        let mut sleeps = 0;
+        for thread in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let status = fs::read_to_string(thread?.path().join("status"))?;
+            if !status.starts_with("Name:\tio ") {
+                continue;
+            }
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            sleeps += line.unwrap_or_default().trim().parse::<u64>()?;
+        }
+        Ok(sleeps)
+    }
+
     /// Its standard output: the guest's console.
     pub fn console(&self) -> &Console {
         &self.console

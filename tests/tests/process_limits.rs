@@ -166,3 +166,27 @@ fn a_patch_of_a_card_needs_the_card_and_a_running_machine() -> Result {
         .success()?;
     Ok(())
 }
+
+#[test]
+fn the_console_drops_what_is_beyond_its_limit_and_the_guest_goes_on() -> Result {
+    let scratch = Scratch::new("console")?;
+    let kernel = TinyKernel::new()
+        .print("0123456789dropped")
+        .reset()
+        .write(&scratch)?;
+    let console = scratch.join("console");
+    let hourly = json!({"size": 10, "refill_time": 3_600_000});
+    let serial = json!({"serial_out_path": console, "rate_limiter": hourly});
+    let vm = TestVm::new("console")
+        .kernel(kernel)
+        .section("serial", serial)
+        .start()?;
+    assert_eq!(vm.wait_exit()?, 0);
+    assert_eq!(std::fs::read_to_string(&console)?, "0123456789");
+    let uart = &vm.metrics()?[0]["uart"];
+    assert_eq!(
+        (&uart["write_count"], &uart["rate_limiter_dropped_bytes"]),
+        (&json!(10), &json!(7))
+    );
+    Ok(())
+}

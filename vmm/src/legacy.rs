@@ -10,6 +10,7 @@ use devices::bus::{Bus, BusError, SharedDevice};
 use devices::legacy::i8042::{self, CtrlAltDelError, I8042};
 use devices::legacy::rtc::{self, Rtc};
 use devices::legacy::serial::{self, Output, Serial};
+use devices::timer::HostClock;
 use serde_json::{Map, Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -65,7 +66,10 @@ impl Legacy {
         };
         let (reset, power_off) = (event()?, event()?);
         let serial = Serial::new(Box::new(output) as Output, irq(vm, layout::SERIAL_GSI)?);
-        let serial = serial.map_err(LegacyError::EventFd)?;
+        let mut serial = serial.map_err(LegacyError::EventFd)?;
+        if let Some(bucket) = config.and_then(|config| config.rate_limiter.as_ref()) {
+            serial.limit(bucket, Box::new(HostClock));
+        }
         let room = serial.room().as_raw_fd();
         let i8042 = I8042::new(clone(&reset)?, irq(vm, layout::I8042_GSI)?);
         let ged = Ged::new(irq(vm, layout::GED_GSI)?, clone(&power_off)?);

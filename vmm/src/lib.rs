@@ -23,6 +23,7 @@ pub mod memory;
 pub mod metrics;
 mod pci_wiring;
 pub mod signals;
+pub mod start;
 pub mod terminal;
 pub mod vcpu;
 pub mod vm;

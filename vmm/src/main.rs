@@ -1,9 +1,10 @@
 //! The process `mayfly`: one VM. It reads the command line, opens the log and the API socket, starts the `api` thread
 //! and becomes the control thread.
 
+#![no_main]
+
 use std::io;
 use std::path::Path;
-use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -24,13 +25,20 @@ const GENERIC_ERROR: u8 = 1;
 const BAD_CONFIGURATION: u8 = 152;
 const BAD_ARGUMENTS: u8 = 153;
 
-fn main() -> ExitCode {
-    vmm::memory::share_one_heap();
+/// Where the C library enters, see [`vmm::start`].
+// SAFETY: the name and the type are what the C library calls, once, with its own arguments.
+#[unsafe(no_mangle)]
+extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int {
+    vmm::start::prepare();
+    std::process::exit(mayfly().into())
+}
+
+fn mayfly() -> u8 {
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Run(args)) => args,
         Ok(Command::Help) => {
             print!("{}", args::HELP);
-            return ExitCode::SUCCESS;
+            return 0;
         }
         Ok(Command::Version) => {
             println!(
@@ -38,16 +46,16 @@ fn main() -> ExitCode {
                 env!("CARGO_PKG_VERSION"),
                 controller::API_VERSION
             );
-            return ExitCode::SUCCESS;
+            return 0;
         }
         Err(error) => {
             eprintln!("mayfly: {error}\nFor more information try --help.");
             let bad_level = matches!(error, ArgsError::Level(_));
-            return ExitCode::from(if bad_level {
+            return if bad_level {
                 BAD_CONFIGURATION
             } else {
                 BAD_ARGUMENTS
-            });
+            };
         }
     };
     let exit = run(&args);
@@ -58,7 +66,7 @@ fn main() -> ExitCode {
                 "Mayfly exiting {}. exit_code={code}",
                 if code == 0 { "successfully" } else { "with error" }
             );
-            ExitCode::from(code)
+            code
         }
         Ok(Exit::Signal(signal)) => {
             log::info!("Mayfly exiting after signal {signal}.");
@@ -70,7 +78,7 @@ fn main() -> ExitCode {
             log::error!("{text}");
             eprintln!("mayfly: {text}");
             log::info!("Mayfly exiting with error. exit_code={GENERIC_ERROR}");
-            ExitCode::from(GENERIC_ERROR)
+            GENERIC_ERROR
         }
     }
 }

@@ -199,15 +199,6 @@ fn map_fixed(target: &VolatileSlice<'_>, file: &File, offset: u64, sharing: libc
     Ok(())
 }
 
-/// Lets all threads allocate from one heap. The C library would make one per thread, each with its own reserve of
-/// address space and its own dirty pages; here no data path allocates, so threads do not wait for each other.
-///
-/// Called before the first thread starts.
-pub fn share_one_heap() {
-    // SAFETY: needed because std has no way to say it. The call changes a number in the allocator, under its own lock.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-}
-
 /// The first address beyond what this CPU's physical addresses can name; a guest has the same.
 pub fn address_limit() -> u64 {
     const MAX_LEAF: u32 = 0x8000_0000;

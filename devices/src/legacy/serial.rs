@@ -11,7 +11,9 @@
 //! A failing output is counted and never stops the guest. Blocking is up to the output: a stdout pipe
 //! that nobody reads holds the writing vCPU until somebody does, like a terminal stopped by Ctrl-S, and
 //! with it whoever waits for this device's lock. A file opened with `O_NONBLOCK` loses the bytes that do
-//! not fit instead.
+//! not fit instead. [`Serial::limit`] bounds the bytes written; those beyond the limit are dropped and counted.
+
+mod limit;
 
 use std::convert::Infallible;
 use std::io::{self, Write};
@@ -24,8 +26,11 @@ use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::limit::Limited;
 use super::{InvalidState, read_bytes, write_bytes};
 use crate::bus::BusDevice;
+use crate::rate_limiter::{BucketState, TokenBucket, TokenBucketConfig};
+use crate::timer::Clock;
 
 /// Size of the register window, in ports.
 pub const PORTS: u64 = 8;
@@ -84,11 +89,13 @@ pub struct State {
     pub scratch: u8,
     /// Host input that the guest has not read yet, oldest first.
     pub in_buffer: Vec<u8>,
+    /// What is left of the limit of the output.
+    pub rate_limiter: Option<BucketState>,
 }
 
 /// The serial port.
 pub struct Serial {
-    uart: Uart<Interrupt, Arc<Host>, Output>,
+    uart: Uart<Interrupt, Arc<Host>, Limited>,
     host: Arc<Host>,
     loopback: bool,
     missed_reads: u64,
@@ -170,12 +177,20 @@ impl Serial {
             bytes_lost: AtomicU64::new(0),
         });
         Ok(Self {
-            uart: Uart::with_events(Interrupt(host.clone()), host.clone(), out),
+            uart: Uart::with_events(Interrupt(host.clone()), host.clone(), Limited::new(out)),
             host,
             loopback: false,
             missed_reads: 0,
             missed_writes: 0,
         })
+    }
+
+    /// Limits the bytes of output from now on, unless `bucket` is disabled. What is beyond the limit is dropped, as the
+    /// guest must not wait for it.
+    pub fn limit(&mut self, bucket: &TokenBucketConfig, clock: Box<dyn Clock + Send>) {
+        if let Some(bucket) = TokenBucket::new(bucket) {
+            self.uart.writer_mut().set_limit(bucket, clock);
+        }
     }
 
     /// Puts host input into the receive FIFO and returns how many bytes it took, from the front.
@@ -206,7 +221,9 @@ impl Serial {
 
     /// The counters.
     pub fn metrics(&self) -> Metrics {
-        let written = self.host.bytes_written.load(Ordering::Relaxed);
+        let dropped = self.uart.writer().dropped;
+        // The model takes what was dropped for written.
+        let written = self.host.bytes_written.load(Ordering::Relaxed) - dropped;
         Metrics {
             error_count: self.host.errors.load(Ordering::Relaxed),
             flush_count: written,
@@ -214,13 +231,16 @@ impl Serial {
             missed_write_count: self.missed_writes + self.host.bytes_lost.load(Ordering::Relaxed),
             read_count: self.host.bytes_read.load(Ordering::Relaxed),
             write_count: written,
-            rate_limiter_dropped_bytes: 0,
+            rate_limiter_dropped_bytes: dropped,
         }
     }
 
     /// The state for a snapshot.
     pub fn save(&self) -> State {
-        self.uart.state().into()
+        State {
+            rate_limiter: self.uart.writer().save(),
+            ..self.uart.state().into()
+        }
     }
 
     /// Takes over a saved state and raises the interrupt again if it was pending.
@@ -234,8 +254,15 @@ impl Serial {
         let enabled = state.interrupt_enable;
         check(enabled & !IER_BITS == 0, "interrupt_enable", enabled.into())?;
 
+        let limit = self.uart.writer_mut().load(state.rate_limiter);
+        limit.map_err(|error| InvalidState {
+            device: "serial port",
+            field: "rate_limiter",
+            value: error.to_string(),
+        })?;
+
         self.loopback = state.modem_control & MCR_LOOP != 0;
-        let out = mem::replace(self.uart.writer_mut(), Box::new(io::sink()));
+        let out = mem::replace(self.uart.writer_mut(), Limited::new(Box::new(io::sink())));
         let interrupt = Interrupt(self.host.clone());
         self.uart = Uart::from_state(&state.into(), interrupt, self.host.clone(), out)
             .expect("the FIFO fits, as checked, and the interrupt cannot fail");
@@ -294,6 +321,7 @@ impl From<SerialState> for State {
             modem_status: state.modem_status,
             scratch: state.scratch,
             in_buffer: state.in_buffer,
+            rate_limiter: None,
         }
     }
 }

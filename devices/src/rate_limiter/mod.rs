@@ -33,7 +33,7 @@ pub struct State {
 
 /// A saved state does not belong to the limits of this config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the state of the rate limiter does not belong to its config: {0}")]
+#[error("the rate limiter is not that of the config: {0}")]
 pub struct StateError(&'static str);
 
 impl RateLimiter {
@@ -100,15 +100,15 @@ impl RateLimiter {
     /// Takes over what a limiter of the same config had left; nothing changes when it fails.
     pub fn load(&mut self, state: State) -> Result<(), StateError> {
         let mut loaded = self.clone();
-        load_bucket(&mut loaded.bandwidth, state.bandwidth)?;
-        load_bucket(&mut loaded.ops, state.ops)?;
+        load_bucket(loaded.bandwidth.as_mut(), state.bandwidth)?;
+        load_bucket(loaded.ops.as_mut(), state.ops)?;
         *self = loaded;
         Ok(())
     }
 }
 
-/// Takes a saved bucket over.
-pub fn load_bucket(bucket: &mut Option<TokenBucket>, state: Option<BucketState>) -> Result<(), StateError> {
+/// Takes over what a bucket had left, if there is one, then as now.
+pub fn load_bucket(bucket: Option<&mut TokenBucket>, state: Option<BucketState>) -> Result<(), StateError> {
     match (bucket, state) {
         (Some(bucket), Some(state)) => bucket.load(state),
         (None, None) => Ok(()),

@@ -13,10 +13,10 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Blob, ConfigSpace, DeviceError, Health, Histogram, HostClock, Io, Irq, Queue, UpdateError, VirtioDevice,
-    Watch,
+    Blob, ConfigSpace, DeviceError, Health, Histogram, Io, Irq, Queue, UpdateError, VirtioDevice, Watch,
 };
 use crate::SharedMemory;
+use crate::timer::HostClock;
 
 /// Names a lane on its loop.
 pub type LaneId = u32;

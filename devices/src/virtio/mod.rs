@@ -21,7 +21,6 @@ pub mod vsock;
 
 use std::io;
 use std::os::fd::RawFd;
-use std::time::Instant;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -37,6 +36,7 @@ pub use state::{Blob, StateError};
 pub use throttle::Throttle;
 
 use crate::GuestMemory;
+use crate::timer::Clock;
 
 /// Feature bits that belong to the transport and not to one device kind (virtio 1.2 §6).
 pub mod feature {
@@ -147,21 +147,6 @@ pub trait Watch {
     fn add(&self, fd: RawFd, token: u32) -> io::Result<()>;
     /// Stops watching `fd`.
     fn remove(&self, fd: RawFd) -> io::Result<()>;
-}
-
-/// Tells the time, which never goes back.
-pub trait Clock {
-    /// This moment.
-    fn now(&self) -> Instant;
-}
-
-/// The host's monotonic clock.
-pub struct HostClock;
-
-impl Clock for HostClock {
-    fn now(&self) -> Instant {
-        Instant::now()
-    }
 }
 
 /// What is lent to a device for one call.

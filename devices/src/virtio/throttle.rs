@@ -22,9 +22,9 @@
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use super::{Clock, DeviceError, Io, StateError, UpdateError};
+use super::{DeviceError, Io, StateError, UpdateError};
 use crate::rate_limiter::{self, RateLimiter, RateLimiterConfig};
-use crate::timer::Timer;
+use crate::timer::{Clock, Timer};
 
 /// A rate limiter with its timer.
 pub struct Throttle {

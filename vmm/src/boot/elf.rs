@@ -21,12 +21,14 @@ const LITTLE_ENDIAN: u8 = 1;
 const MACHINE_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+const PF_W: u32 = 2;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the PVH entry point.
 const NOTE_PHYS32_ENTRY: u32 = 18;
 
 #[derive(Clone, Copy)]
 struct Segment {
     kind: u32,
+    writable: bool,
     offset: u64,
     address: u64,
     file_size: u64,
@@ -86,6 +88,7 @@ fn segment(header: &[u8]) -> Segment {
     let long = |offset| field(header, offset).map_or(0, u64::from_le_bytes);
     Segment {
         kind: field(header, 0).map_or(0, u32::from_le_bytes),
+        writable: field(header, 4).map_or(0, u32::from_le_bytes) & PF_W != 0,
         offset: long(8),
         address: long(24),
         file_size: long(32),
@@ -132,10 +135,11 @@ fn place(memory: &GuestMemory, image: &Image, segment: &Segment) -> Result<(), K
         let place = (memory, GuestAddress(address + from));
         image.read_to_guest("segments", offset + from, to - from, place)
     };
-    // Where file and memory pages coincide, the whole pages of the middle are mapped. The sums were checked.
+    // Where file and memory pages coincide, the whole pages of the middle are mapped, unless the guest is sure to write
+    // them: two faults and a copy for each small page cost more than to read them into large ones. The sums were checked.
     let first = address.next_multiple_of(PAGE_SIZE) - address;
     let last = ((address + file_size) / PAGE_SIZE * PAGE_SIZE).saturating_sub(address);
-    if offset % PAGE_SIZE != address % PAGE_SIZE || first >= last {
+    if segment.writable || offset % PAGE_SIZE != address % PAGE_SIZE || first >= last {
         return if file_size > 0 {
             Ok(copy(0, file_size)?)
         } else {

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use devices::rate_limiter::TokenBucketConfig;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-use super::Absent;
 
 /// Where the first serial port is connected.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,9 +12,8 @@ use super::Absent;
 pub struct SerialConfig {
     /// A file for the output, instead of standard output. Standard input is then not read.
     pub serial_out_path: Option<PathBuf>,
-    /// Not supported yet.
-    #[serde(default)]
-    pub rate_limiter: Absent,
+    /// Limits the bytes of output; those beyond are dropped.
+    pub rate_limiter: Option<TokenBucketConfig>,
 }
 
 /// Where and how to log; every field that is absent keeps what the command line said, except the level, which

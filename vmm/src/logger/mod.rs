@@ -174,7 +174,8 @@ impl Log for Logger {
 impl Settings {
     fn begin(&self, line: &mut Line, record: &Record<'_>) -> std::fmt::Result {
         let thread = std::thread::current();
-        let name = thread.name().unwrap_or("?");
+        // Threads are started with a name; only the first is not.
+        let name = thread.name().unwrap_or("main");
         write!(line, "{} [{}:{name}", Timestamp::now(), self.id)?;
         if self.show_level {
             write!(line, ":{}", record.level())?;

@@ -1,10 +1,14 @@
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{FIFO_BYTES, MCR, MCR_LOOP, Metrics, Serial, State};
 use crate::bus::BusDevice;
+use crate::rate_limiter::TokenBucketConfig;
+use crate::testing::{Recorder, recorder};
+use crate::timer::{Clock, HostClock};
 
 const RBR: u64 = 0;
 const THR: u64 = 0;
@@ -72,6 +76,20 @@ impl Port {
 
     fn write(&mut self, port: u64, value: u8) {
         self.serial.write(port, &[value]);
+    }
+
+    fn print(&mut self, text: &str) {
+        text.bytes().for_each(|byte| self.write(THR, byte));
+    }
+
+    /// Limits the output to 10 bytes a second.
+    fn limit(&mut self, clock: impl Clock + Send + 'static) {
+        let bucket = TokenBucketConfig {
+            size: 10,
+            one_time_burst: None,
+            refill_time: 1000,
+        };
+        self.serial.limit(&bucket, Box::new(clock));
     }
 
     fn drain(&mut self) -> Vec<u8> {
@@ -266,4 +284,64 @@ fn a_state_with_unknown_interrupts_is_refused() {
         ..port.serial.save()
     };
     assert_eq!(port.serial.load(bad).unwrap_err().field, "interrupt_enable");
+}
+
+/// A clock that tests turn on.
+struct Turned(Arc<Recorder>);
+
+impl Clock for Turned {
+    fn now(&self) -> std::time::Instant {
+        self.0.now()
+    }
+}
+
+#[test]
+fn output_beyond_its_limit_is_dropped_and_counted_and_the_guest_goes_on() {
+    let (mut port, time) = (Port::new(), recorder());
+    port.limit(Turned(time.clone()));
+    port.write(IER, IER_SENT);
+    port.print("0123456789dropped");
+    time.pass(Duration::from_millis(250));
+    port.print("abc");
+    assert_eq!(port.screen.text(), "0123456789ab");
+    assert!(port.interrupted());
+    assert_eq!(
+        port.serial.metrics(),
+        Metrics {
+            write_count: 12,
+            flush_count: 12,
+            rate_limiter_dropped_bytes: 8,
+            ..Metrics::default()
+        }
+    );
+}
+
+#[test]
+fn a_disabled_limit_is_none() {
+    let mut port = Port::new();
+    let disabled = TokenBucketConfig {
+        size: 0,
+        one_time_burst: None,
+        refill_time: 1,
+    };
+    port.serial.limit(&disabled, Box::new(HostClock));
+    port.print("all of it");
+    assert_eq!(port.screen.text(), "all of it");
+}
+
+#[test]
+fn a_restored_port_has_no_new_bucket() {
+    let (mut port, time) = (Port::new(), recorder());
+    port.limit(Turned(time.clone()));
+    port.print("01234567");
+    let saved = port.serial.save();
+
+    let mut restored = Port::new();
+    let error = restored.serial.load(saved.clone()).unwrap_err();
+    assert_eq!(error.field, "rate_limiter");
+    restored.limit(Turned(time));
+    restored.serial.load(saved).unwrap();
+    restored.print("abc");
+    assert_eq!(restored.screen.text(), "ab");
+    assert_eq!(restored.serial.metrics().write_count, 2);
 }

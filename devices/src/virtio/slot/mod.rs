@@ -13,11 +13,12 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Blob, ConfigSpace, DeviceInfo, Health, Histogram, HostClock, InterruptMetrics, Io, Irq, Lane, LaneHost,
-    LaneId, Queue, QueueConfig, Report, StateError, UpdateError, Vector, VirtioDevice, Watch, feature,
+    Blob, ConfigSpace, DeviceInfo, Health, Histogram, InterruptMetrics, Io, Irq, Lane, LaneHost, LaneId,
+    Queue, QueueConfig, Report, StateError, UpdateError, Vector, VirtioDevice, Watch, feature,
 };
 use crate::SharedMemory;
 use crate::bus::BusDevice;
+use crate::timer::HostClock;
 
 /// Device status bits (virtio 1.2 §2.1).
 pub mod status {

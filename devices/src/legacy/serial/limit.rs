@@ -1,0 +1,59 @@
+//! [`Limited`]: the output, and the limit of its bytes. What is beyond the limit is dropped, so the guest never waits.
+
+use std::io::{self, Write};
+
+use super::Output;
+use crate::rate_limiter::{BucketState, StateError, TokenBucket, load_bucket};
+use crate::timer::Clock;
+
+/// An output with or without a limit.
+pub(super) struct Limited {
+    out: Output,
+    limit: Option<(TokenBucket, Box<dyn Clock + Send>)>,
+    /// Bytes that were dropped.
+    pub(super) dropped: u64,
+}
+
+impl Limited {
+    /// Writes everything.
+    pub(super) fn new(out: Output) -> Self {
+        Self {
+            out,
+            limit: None,
+            dropped: 0,
+        }
+    }
+
+    /// Writes no more bytes than `bucket` has by `clock`.
+    pub(super) fn set_limit(&mut self, bucket: TokenBucket, clock: Box<dyn Clock + Send>) {
+        self.limit = Some((bucket, clock));
+    }
+
+    /// What is left of the limit.
+    pub(super) fn save(&self) -> Option<BucketState> {
+        let limit = self.limit.as_ref();
+        limit.map(|(bucket, clock)| bucket.save(clock.now()))
+    }
+
+    /// Takes over what was left of the same limit; nothing changes when it is another one.
+    pub(super) fn load(&mut self, state: Option<BucketState>) -> Result<(), StateError> {
+        load_bucket(self.limit.as_mut().map(|(bucket, _)| bucket), state)
+    }
+}
+
+impl Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some((bucket, clock)) = &mut self.limit {
+            bucket.refill(clock.now());
+            if bucket.take(bytes.len() as u64).is_err() {
+                self.dropped += bytes.len() as u64;
+                return Ok(bytes.len());
+            }
+        }
+        self.out.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
