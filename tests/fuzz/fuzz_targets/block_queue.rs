@@ -8,7 +8,8 @@ use std::sync::LazyLock;
 use arbitrary::Arbitrary;
 use devices::virtio::block::{CacheType, Config};
 use libfuzzer_sys::fuzz_target;
-use mayfly_fuzz::driver::{DATA, HEADERS, Machine, Op, piece};
+use mayfly_fuzz::driver::{DATA, HEADERS, Machine, Op, limits, piece};
+use serde_json::json;
 
 /// Sectors of the disk; its image is longer by a tail that is no whole sector.
 const SECTORS: usize = 16;
@@ -27,6 +28,8 @@ enum Step {
         data: Vec<(u16, u8)>,
         indirect: bool,
     },
+    /// The control thread limits operations and bytes.
+    Limit(u8, u16),
 }
 
 /// Offers a well-formed request, and kicks.
@@ -76,6 +79,9 @@ fuzz_target!(|input: (bool, u64, Vec<Step>)| {
                 ref data,
                 indirect,
             } => request(&mut machine, kind, sector, data, indirect),
+            Step::Limit(ops, bytes) => {
+                machine.update(json!({"drive_id": "disk", "rate_limiter": limits(ops, bytes)}))
+            }
         }
     }
     let after = fs::read(&*IMAGE).expect("the image is still there");

@@ -5,8 +5,9 @@
 use arbitrary::Arbitrary;
 use devices::virtio::net::{HEADER_LEN, MAX_FRAME_LEN, RX, TX};
 use libfuzzer_sys::fuzz_target;
-use mayfly_fuzz::driver::{DATA, HEADERS, Machine, Op, piece};
+use mayfly_fuzz::driver::{DATA, HEADERS, Machine, Op, limits, piece};
 use mayfly_fuzz::wire;
+use serde_json::json;
 
 #[derive(Arbitrary, Debug)]
 enum Step {
@@ -17,6 +18,8 @@ enum Step {
     Receive(Vec<(u16, u16)>, bool),
     /// A frame leaves, in pieces of these offsets and lengths.
     Send(Vec<(u16, u16)>, bool),
+    /// The control thread limits frames and bytes, in both directions or of what is received.
+    Limit(u8, u16, bool),
 }
 
 /// Offers a well-formed chain, and kicks.
@@ -45,6 +48,11 @@ fuzz_target!(|input: (u64, Vec<Step>)| {
             Step::Driver(op) => machine.run(op),
             Step::Receive(pieces, indirect) => offer(&mut machine, RX, pieces, *indirect),
             Step::Send(pieces, indirect) => offer(&mut machine, TX, pieces, *indirect),
+            Step::Limit(ops, bytes, both) => {
+                let rx = limits(*ops, *bytes);
+                let tx = both.then(|| rx.clone());
+                machine.update(json!({"iface_id": "eth0", "rx_rate_limiter": rx, "tx_rate_limiter": tx}));
+            }
             Step::Frame(length, fill) => {
                 frame.fill(*fill);
                 // A full socket drops the frame, as a network may.

@@ -10,6 +10,7 @@ use devices::testing::{Driver, Inline, Piece, Recorder};
 use devices::virtio::slot::status;
 use devices::virtio::{VirtioDevice, VirtioSlot, feature};
 use devices::{GuestMemory, SharedMemory};
+use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::MEMORY;
@@ -258,6 +259,11 @@ impl<'m> Machine<'m> {
         self.host.event(u32::from(queue) % self.drivers.len() as u32);
     }
 
+    /// Changes the device as the control thread does.
+    pub fn update(&mut self, patch: Value) {
+        self.slot.update(patch).expect("the patch is valid");
+    }
+
     /// Writes to guest memory.
     pub fn write(&self, address: u64, bytes: &[u8]) {
         self.mem
@@ -269,6 +275,12 @@ impl<'m> Machine<'m> {
         let count = self.drivers.len();
         &mut self.drivers[usize::from(queue) % count]
     }
+}
+
+/// Limits that hold requests back for about a millisecond, or none.
+pub fn limits(ops: u8, bytes: u16) -> Value {
+    let bucket = |size: u64| json!({"size": size, "refill_time": 1});
+    json!({"ops": bucket(ops.into()), "bandwidth": bucket(bytes.into())})
 }
 
 /// A piece of a chain.

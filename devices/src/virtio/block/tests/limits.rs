@@ -4,6 +4,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::live::running;
@@ -219,6 +220,34 @@ fn a_restored_drive_has_no_new_burst() {
     guest.kick(&mut after).unwrap();
     assert_eq!(guest.answered(), 0);
     assert!(device(&image).load(before.save()).is_err());
+}
+
+proptest! {
+    /// Whatever is asked and whenever: the limits hold at every moment, and in the end everything is answered.
+    #[test]
+    fn limits_hold_and_starve_nobody(steps in proptest::collection::vec((1..8u32, 0..400u64), 1..20)) {
+        let (image, mem) = (image(8 * 512), testing::memory(1 << 20));
+        let limits = json!({"bandwidth": per_second(4096), "ops": per_second(5)});
+        let (mut device, mut guest) = (limited(&image, limits), Guest::new(&mem));
+        guest.activate(&mut device);
+        let (mut offered, mut answered, mut time) = (Vec::new(), 0, 0);
+        let rests = std::iter::repeat_n((0, 1000), steps.len());
+        for (sectors, millis) in steps.iter().copied().chain(rests) {
+            if sectors > 0 {
+                guest.offer(IN, sectors);
+                offered.push(u64::from(sectors) * 512);
+                guest.drain(&mut device);
+            }
+            pass(&guest, millis);
+            time += millis;
+            guest.expire(&mut device);
+            answered += guest.answered();
+            let bytes: u64 = offered[..answered].iter().sum();
+            prop_assert!(bytes * 1000 <= 4096 * (1000 + time));
+            prop_assert!(answered as u64 * 1000 <= 5 * (1000 + time));
+        }
+        prop_assert_eq!(answered, offered.len());
+    }
 }
 
 /// The event of the limiter's timer, as lanes see it.

@@ -140,6 +140,9 @@ impl<'m> Guest<'m> {
     fn expire(&mut self, device: &mut Block) {
         let mut io = testing::io(self.mem, &mut self.queues, &self.recorder, self.features);
         device.on_event(0, &mut io).unwrap();
+        if io.again.is_some() {
+            self.drain(device);
+        }
     }
 
     /// Offers a request of `sectors` from sector 0 on, without a kick.
