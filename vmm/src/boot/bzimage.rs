@@ -6,7 +6,6 @@ use vm_memory::GuestAddress;
 use super::image::Image;
 use super::kernel::{Entry, KernelError, LoadedKernel, check_room, field};
 use crate::memory::GuestMemory;
-use crate::x86_64::layout;
 
 /// Where the setup header begins, in the file and in the zero page.
 pub(super) const SETUP_HEADER: usize = 0x1f1;
@@ -44,32 +43,17 @@ pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<L
     let start = (sectors + 1) * SECTOR;
     image.check_range("compressed kernel", start, ENTRY_64 + 1)?;
     let size = image.size() - start;
-    let preferred = field(head, 0x258).map(u64::from_le_bytes).ok_or_else(short)?;
-    let (alignment, needed) = (word(0x230)?, word(0x260)?.max(size));
-    let address = choose(memory, image, [preferred, aligned(alignment)], needed)?;
+    // Wherever it is loaded, it unpacks itself to its preferred address or above, and works in the memory behind that.
+    let address = field(head, 0x258).map(u64::from_le_bytes).ok_or_else(short)?;
+    let needed = word(0x260)?.max(size);
+    let end = check_room(memory, image, address, address.checked_add(needed))?;
     image.read_to_guest("compressed kernel", start, size, (memory, GuestAddress(address)))?;
 
     let header_end = 0x202 + usize::from(head[0x201]);
     Ok(LoadedKernel {
         entry: Entry::Linux64(GuestAddress(address + ENTRY_64)),
-        end: address + needed,
+        end,
         initrd_max: word(0x22c)?,
         setup_header: Some(head.get(SETUP_HEADER..header_end).ok_or_else(short)?.to_vec()),
     })
-}
-
-/// The lowest address above 1 MiB with the kernel's alignment.
-fn aligned(alignment: u64) -> u64 {
-    if alignment.is_power_of_two() {
-        layout::HIGH_MEMORY.next_multiple_of(alignment)
-    } else {
-        layout::HIGH_MEMORY
-    }
-}
-
-/// The first place with room for `needed` bytes.
-fn choose(memory: &GuestMemory, image: &Image, places: [u64; 2], needed: u64) -> Result<u64, KernelError> {
-    let fits =
-        |address: u64| check_room(memory, image, address, address.checked_add(needed)).map(|_| address);
-    fits(places[0]).or_else(|_| fits(places[1]))
 }

@@ -3,6 +3,8 @@
 //! Segments are mapped copy-on-write over guest RAM as far as whole pages of file and memory coincide, so that a boot
 //! reads only what the guest touches and VMs share the pages of one kernel. Their ragged ends are copied.
 
+use std::ops::Range;
+
 use vm_memory::GuestAddress;
 
 use super::image::Image;
@@ -39,9 +41,6 @@ struct Segment {
 pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<LoadedKernel, KernelError> {
     let (entry, segments) = parse(image, head)?;
     let loaded = check_layout(memory, image, &segments)?;
-    for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
-        place(memory, image, segment)?;
-    }
     let pvh = segments
         .iter()
         .filter(|s| s.kind == PT_NOTE)
@@ -50,10 +49,20 @@ pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<L
         Some(address) => Entry::Pvh(GuestAddress(address.into())),
         None => Entry::Linux64(GuestAddress(entry)),
     };
+    let (Entry::Pvh(start) | Entry::Linux64(start)) = entry;
+    if !loaded.iter().any(|range| range.contains(&start.0)) {
+        return Err(KernelError::Damaged {
+            path: image.path().to_owned(),
+            what: "its entry point is in none of its segments",
+        });
+    }
+    for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
+        place(memory, image, segment)?;
+    }
     // The kernel maps its initrd below 4 GiB; 2 GiB is what its oldest boot protocol allows.
     Ok(LoadedKernel {
         entry,
-        end: loaded,
+        end: loaded.last().map_or(0, |range| range.end),
         initrd_max: 0x7fff_ffff,
         setup_header: None,
     })
@@ -96,8 +105,12 @@ fn segment(header: &[u8]) -> Segment {
     }
 }
 
-/// Checks all segments before the first is placed; gives the end of the last.
-fn check_layout(memory: &GuestMemory, image: &Image, segments: &[Segment]) -> Result<u64, KernelError> {
+/// Checks all segments before the first is placed; gives where they lie, in order, at least one.
+fn check_layout(
+    memory: &GuestMemory,
+    image: &Image,
+    segments: &[Segment],
+) -> Result<Vec<Range<u64>>, KernelError> {
     let damaged = |what| KernelError::Damaged {
         path: image.path().to_owned(),
         what,
@@ -112,16 +125,16 @@ fn check_layout(memory: &GuestMemory, image: &Image, segments: &[Segment]) -> Re
         }
         image.check_range("segments", segment.offset, segment.file_size)?;
         let end = segment.address.checked_add(segment.memory_size);
-        ranges.push((segment.address, check_room(memory, image, segment.address, end)?));
+        ranges.push(segment.address..check_room(memory, image, segment.address, end)?);
     }
-    ranges.sort_unstable();
-    if ranges.windows(2).any(|pair| pair[0].1 > pair[1].0) {
+    ranges.sort_unstable_by_key(|range| range.start);
+    if ranges.windows(2).any(|pair| pair[0].end > pair[1].start) {
         return Err(damaged("its segments overlap"));
     }
-    Ok(ranges
-        .last()
-        .ok_or_else(|| damaged("it has no loadable segment"))?
-        .1)
+    if ranges.is_empty() {
+        return Err(damaged("it has no loadable segment"));
+    }
+    Ok(ranges)
 }
 
 fn place(memory: &GuestMemory, image: &Image, segment: &Segment) -> Result<(), KernelError> {

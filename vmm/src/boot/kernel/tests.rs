@@ -55,7 +55,8 @@ fn elf(loads: &[Load], pvh: Option<u32>) -> Vec<u8> {
     put(0, b"\x7fELF\x02\x01\x01");
     put(16, &2u16.to_le_bytes());
     put(18, &62u16.to_le_bytes());
-    put(24, &(16 * MIB).to_le_bytes());
+    let entry = loads.first().map_or(0, |load| load.address);
+    put(24, &entry.to_le_bytes());
     put(32, &64u64.to_le_bytes());
     put(54, &56u16.to_le_bytes());
     put(56, &u16::try_from(headers).unwrap().to_le_bytes());
@@ -101,7 +102,6 @@ fn bzimage(size: usize) -> Vec<u8> {
     put(0x202, b"HdrS");
     put(0x206, &0x020fu16.to_le_bytes());
     put(0x22c, &0x7fff_ffffu32.to_le_bytes());
-    put(0x230, &0x20_0000u32.to_le_bytes());
     put(0x236, &1u16.to_le_bytes());
     put(0x258, &(16 * MIB).to_le_bytes());
     put(0x260, &0x10_0000u32.to_le_bytes());
@@ -218,6 +218,19 @@ fn refuses_segments_outside_memory_below_a_mib_and_overlapping() {
 }
 
 #[test]
+fn refuses_an_entry_point_outside_the_segments() {
+    for outside in [16 * MIB - 1, 16 * MIB + 0x5000, 0] {
+        let pvh = elf(&[ALIGNED], Some(u32::try_from(outside).unwrap()));
+        let mut linux = elf(&[ALIGNED], None);
+        linux[24..32].copy_from_slice(&outside.to_le_bytes());
+        for file in [pvh, linux] {
+            let message = load_bytes(&file, 32).1.unwrap_err().to_string();
+            assert!(message.contains("entry point"), "{message}");
+        }
+    }
+}
+
+#[test]
 fn refuses_a_segment_that_is_in_the_file_only() {
     let below_ram = Load {
         address: 0x2000,
@@ -281,14 +294,15 @@ fn a_bzimage_is_loaded_at_its_preferred_address() {
 }
 
 #[test]
-fn a_bzimage_that_does_not_fit_there_is_loaded_lower() {
+fn a_bzimage_needs_the_memory_that_it_unpacks_itself_to() {
+    let (_, loaded) = load_bytes(&bzimage(8192), 17);
+    assert_eq!(loaded.unwrap().end, 17 * MIB);
     let (_, loaded) = load_bytes(&bzimage(8192), 16);
-    assert_eq!(
-        loaded.unwrap().entry,
-        Entry::Linux64(GuestAddress(2 * MIB + 0x200))
+    let message = loaded.unwrap_err().to_string();
+    assert!(
+        message.contains("from 0x1000000 to 0x1100000") && message.contains("mem_size_mib"),
+        "{message}"
     );
-    let (_, loaded) = load_bytes(&bzimage(8192), 2);
-    assert!(matches!(loaded, Err(KernelError::NoRoom { .. })));
 }
 
 #[test]
