@@ -6,7 +6,7 @@
 mod dsdt;
 
 use acpi_tables::Aml;
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::{GenericAddress, Sdt};
@@ -58,7 +58,7 @@ pub fn build(memory: &GuestMemory, machine: &AcpiMachine<'_>) -> Result<GuestAdd
     let dsdt = area.append(dsdt::build(machine).as_slice())?;
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(area.append(fadt(dsdt).as_slice())?);
-    xsdt.add_entry(area.append_aml(&madt(machine))?);
+    xsdt.add_entry(area.append(madt(machine).as_slice())?);
     if machine.pci {
         let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
         mcfg.add_ecam(layout::PCI_ECAM.start, 0, 0, 0);
@@ -153,18 +153,20 @@ fn fadt(dsdt: u64) -> Sdt {
 }
 
 /// The Multiple APIC Description Table (ACPI 6.5 §5.2.12). The legacy interrupt controller is not announced.
-fn madt(machine: &AcpiMachine<'_>) -> MADT {
-    let mut table = MADT::new(
-        OEM,
-        TABLE,
-        REVISION,
-        LocalInterruptController::Address(layout::LOCAL_APIC),
-    );
+fn madt(machine: &AcpiMachine<'_>) -> Sdt {
+    const LENGTH: u32 = 44;
+    const LOCAL_APIC: usize = 36;
+    /// A local APIC NMI structure: LINT1 of all processors (UID 0xff), polarity and trigger as the bus has them.
+    const NMI: [u8; 6] = [4, 6, 0xff, 0, 0, 1];
+
+    let mut table = Sdt::new(*b"APIC", LENGTH, 6, OEM, TABLE, REVISION);
+    table.write_u32(LOCAL_APIC, layout::LOCAL_APIC);
     for id in 0..machine.vcpus {
-        table.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+        table.append_slice(&bytes(&ProcessorLocalApic::new(id, id, EnabledStatus::Enabled)));
     }
     // Its id follows those of the processors.
-    table.add_structure(IoApic::new(machine.vcpus, layout::IOAPIC, 0));
+    table.append_slice(&bytes(&IoApic::new(machine.vcpus, layout::IOAPIC, 0)));
+    table.append_slice(&NMI);
     table
 }
 
@@ -231,6 +233,24 @@ mod tests {
         let dsdt = table(&memory, u64::from_le_bytes(fadt[140..148].try_into().unwrap()));
         assert_eq!((&dsdt[..4], sum(&dsdt)), (&b"DSDT"[..], 0));
         assert!(dsdt.windows(8).any(|window| window == b"LNRO0005"));
+    }
+
+    #[test]
+    fn the_madt_lists_processors_io_apic_and_nmi_pin() {
+        let (memory, rsdp) = built(&AcpiMachine {
+            vcpus: 2,
+            pci: true,
+            mmio_devices: &[],
+        });
+        let madt = tables(&memory, rsdp).remove(1);
+        assert_eq!(madt[36..44], [0, 0, 0xe0, 0xfe, 0, 0, 0, 0]);
+        let structures = [
+            &[0, 8, 0, 0, 1, 0, 0, 0][..],
+            &[0, 8, 1, 1, 1, 0, 0, 0],
+            &[1, 12, 2, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0],
+            &[4, 6, 0xff, 0, 0, 1],
+        ];
+        assert_eq!(madt[44..], structures.concat());
     }
 
     #[test]
