@@ -28,8 +28,7 @@ pub struct TestVm {
     name: String,
     args: Vec<String>,
     configure: Configure,
-    vcpus: u8,
-    mem_mib: usize,
+    machine: Map<String, Value>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     boot_args: String,
@@ -46,8 +45,10 @@ impl TestVm {
             name: name.into(),
             args: Vec::new(),
             configure: Configure::Api,
-            vcpus: 1,
-            mem_mib: 128,
+            machine: Map::from_iter([
+                ("vcpu_count".to_owned(), json!(1)),
+                ("mem_size_mib".to_owned(), json!(128)),
+            ]),
             kernel: None,
             initrd: None,
             boot_args: BOOT_ARGS.into(),
@@ -59,14 +60,18 @@ impl TestVm {
     }
 
     /// The number of vCPUs.
-    pub fn vcpus(mut self, count: u8) -> Self {
-        self.vcpus = count;
-        self
+    pub fn vcpus(self, count: u8) -> Self {
+        self.machine("vcpu_count", json!(count))
     }
 
     /// The size of memory in MiB.
-    pub fn mem_mib(mut self, size: usize) -> Self {
-        self.mem_mib = size;
+    pub fn mem_mib(self, size: usize) -> Self {
+        self.machine("mem_size_mib", json!(size))
+    }
+
+    /// Any value of the machine config.
+    pub fn machine(mut self, key: &str, value: Value) -> Self {
+        self.machine.insert(key.into(), value);
         self
     }
 
@@ -143,7 +148,7 @@ impl TestVm {
     /// The machine as the content of a config file.
     pub fn config(&self) -> Result<Value> {
         let mut config = json!({
-            "machine-config": {"vcpu_count": self.vcpus, "mem_size_mib": self.mem_mib},
+            "machine-config": self.machine,
             "boot-source": self.boot_source()?,
             "drives": self.drives.iter().cloned().map(Drive::into_json).collect::<Vec<_>>(),
             "network-interfaces": self.nets.iter().cloned().map(Net::into_json).collect::<Vec<_>>(),

@@ -3,6 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use mayfly_tests::{Guest, Result, TestVm};
+use serde_json::json;
 
 #[test]
 fn the_platform_is_what_a_kernel_expects() -> Result {
@@ -44,7 +45,17 @@ fn assert_processor_is_a_guests(guest: &Guest) -> Result {
         .split(' ')
         .collect();
     assert!(flags.contains(&"hypervisor"), "{flags:?}");
-    assert!(!flags.contains(&"vmx") && !flags.contains(&"svm"), "{flags:?}");
+    let hidden = [
+        "vmx",
+        "svm",
+        "sev",
+        "sgx",
+        "rtm",
+        "hle",
+        "arch_perfmon",
+        "perfctr_core",
+    ];
+    assert!(hidden.iter().all(|flag| !flags.contains(flag)), "{flags:?}");
     Ok(())
 }
 
@@ -56,6 +67,10 @@ fn assert_tables(guest: &Guest) -> Result {
     let log = guest.check("dmesg")?;
     assert!(
         log.contains("ACPI: RSDP") && !log.contains("MPTABLE") && !log.contains("Intel MultiProcessor"),
+        "{log}"
+    );
+    assert!(
+        log.contains("LAPIC_NMI (acpi_id[0xff] dfl dfl lint[0x1])"),
         "{log}"
     );
     Ok(())
@@ -128,6 +143,31 @@ fn four_processors_are_online_and_work_on_mmio() -> Result {
     let vm = TestVm::new("cpus-4").vcpus(4).mmio().boot()?;
     // The log may tell of starved processors: an emulated host has fewer than four.
     assert_processors(&vm.guest(), 4)
+}
+
+#[test]
+fn eight_processors_are_online_and_work() -> Result {
+    let vm = TestVm::new("cpus-8").vcpus(8).mem_mib(256).boot()?;
+    assert_processors(&vm.guest(), 8)
+}
+
+/// The vCPUs that share a core with each vCPU, in order.
+fn siblings(guest: &Guest) -> Result<Vec<String>> {
+    let lists = guest.check("cat /sys/devices/system/cpu/cpu[0-9]/topology/thread_siblings_list")?;
+    Ok(lists.lines().map(str::to_owned).collect())
+}
+
+#[test]
+fn two_threads_share_a_core_with_smt_and_none_without() -> Result {
+    let vm = TestVm::new("smt").vcpus(4).machine("smt", json!(true)).boot()?;
+    assert_eq!(siblings(&vm.guest())?, ["0-1", "0-1", "2-3", "2-3"]);
+    let cores = vm
+        .guest()
+        .check("cat /sys/devices/system/cpu/cpu3/topology/core_id")?;
+    assert_eq!(cores, "1");
+    let vm = TestVm::new("no-smt").vcpus(4).boot()?;
+    assert_eq!(siblings(&vm.guest())?, ["0", "1", "2", "3"]);
+    Ok(())
 }
 
 /// The ranges of RAM that the guest knows, each as `start-end`.

@@ -139,21 +139,12 @@ pub fn create_vcpus(
     entry: Entry,
 ) -> Result<Vec<(u8, VcpuFd, ImmediateExit)>, BootError> {
     let supported = kvm::supported_cpuid(kvm)?;
-    let threads_per_core = if machine.smt && machine.vcpu_count > 1 {
-        2
-    } else {
-        1
-    };
-    let topology = Topology {
-        vcpus: machine.vcpu_count,
-        threads_per_core,
-    };
-    let deadline = vm.has_tsc_deadline();
+    let baseline = cpuid::baseline(&supported, vm.has_tsc_deadline());
+    let topology = Topology::new(machine.vcpu_count, machine.smt);
     let make = |id| {
         let (vcpu, exit) = vm.create_vcpu(id)?;
         // CPUID first: it decides which registers there are.
-        let cpuid = cpuid::build(&supported, id, topology, deadline);
-        vcpu.set_cpuid2(&cpuid)
+        vcpu.set_cpuid2(&cpuid::for_vcpu(&baseline, id, topology))
             .map_err(VcpuStateError::kvm("set the CPUID"))?;
         msrs::set_boot_msrs(&vcpu)?;
         registers::set_local_interrupts(&vcpu)?;
