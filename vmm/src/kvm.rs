@@ -13,9 +13,10 @@ use devices::GuestMemory;
 use devices::pci::MsiMessage;
 use kvm_bindings::{
     CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_VCPU_TSC_CTRL,
-    KVM_VCPU_TSC_OFFSET, KvmIrqRouting, kvm_clock_data, kvm_device_attr, kvm_irq_routing_entry,
-    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KvmIrqRouting, kvm_clock_data,
+    kvm_device_attr, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -127,6 +128,7 @@ pub struct Vm {
     fd: VmFd,
     routes: Mutex<Routes>,
     slots: Mutex<SlotNumbers>,
+    track_dirty_pages: bool,
 }
 
 /// Which numbers memory slots have.
@@ -151,11 +153,12 @@ impl SlotNumbers {
 }
 
 impl Vm {
-    /// Makes a machine with the in-kernel interrupt controllers and timer, and gives it `memory`.
+    /// Makes a machine with the in-kernel interrupt controllers and timer, and gives it `memory`. With
+    /// `track_dirty_pages` KVM notes which pages the guest writes, in this memory and in what is added later.
     ///
     /// The order matters: the TSS address before any vCPU, the interrupt controller before the timer, both before
     /// the first vCPU.
-    pub fn new(kvm: &Kvm, memory: &GuestMemory) -> Result<Self, KvmError> {
+    pub fn new(kvm: &Kvm, memory: &GuestMemory, track_dirty_pages: bool) -> Result<Self, KvmError> {
         let fd = kvm.create_vm().map_err(failed("create a virtual machine"))?;
         fd.set_tss_address(layout::KVM_TSS)
             .map_err(failed("set the TSS address"))?;
@@ -170,9 +173,10 @@ impl Vm {
             fd,
             routes: Mutex::default(),
             slots: Mutex::default(),
+            track_dirty_pages,
         };
         for region in memory.iter() {
-            vm.set_memory_slot(region, 0)?;
+            vm.set_memory_slot(region, false)?;
         }
         Ok(vm)
     }
@@ -184,7 +188,7 @@ impl Vm {
         region: Arc<GuestRegion>,
         read_only: bool,
     ) -> Result<MemorySlot, KvmError> {
-        let slot = self.set_memory_slot(&region, if read_only { KVM_MEM_READONLY } else { 0 })?;
+        let slot = self.set_memory_slot(&region, read_only)?;
         let vm = Arc::clone(self);
         Ok(MemorySlot { vm, slot, region })
     }
@@ -195,7 +199,12 @@ impl Vm {
     }
 
     /// Makes a memory slot of `region` and gives its number.
-    fn set_memory_slot(&self, region: &GuestRegion, flags: u32) -> Result<u32, KvmError> {
+    fn set_memory_slot(&self, region: &GuestRegion, read_only: bool) -> Result<u32, KvmError> {
+        let flags = match (read_only, self.track_dirty_pages) {
+            (true, _) => KVM_MEM_READONLY,
+            (false, true) => KVM_MEM_LOG_DIRTY_PAGES,
+            (false, false) => 0,
+        };
         let limit = self.memory_slot_limit();
         let slot = self
             .lock_slots()

@@ -9,10 +9,12 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, null_mut};
 
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion, VolatileSlice,
 };
 
+use crate::config::HugePages;
 use crate::x86_64::layout;
 
 pub use devices::GuestMemory;
@@ -20,7 +22,7 @@ pub use devices::GuestMemory;
 pub type GuestRegion = vm_memory::GuestRegionMmap<()>;
 
 const MIB: u64 = 1 << 20;
-/// What the host backs with one transparent huge page, if address and length allow.
+/// What the host backs with one huge page, if address and length allow.
 const HUGE_PAGE: usize = 2 << 20;
 /// How often an aligned place is tried for, should other threads map memory at the same moment.
 const ALIGN_ATTEMPTS: usize = 4;
@@ -49,6 +51,20 @@ pub enum MemoryError {
     Map {
         /// What was asked for.
         size_mib: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The host has not enough huge pages set aside.
+    #[error(
+        "the host has not {pages} free huge pages for {size_mib} MiB of guest RAM: reserve more (their count goes to \
+         /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages), or set huge_pages to Transparent or None"
+    )]
+    HugePages {
+        /// What was asked for.
+        size_mib: u64,
+        /// In pages of 2 MiB.
+        pages: u64,
         /// Why.
         #[source]
         source: io::Error,
@@ -82,22 +98,34 @@ pub enum MemoryError {
     },
 }
 
+/// Maps `size_mib` MiB of zeroed RAM of ordinary pages; see [`create_of`].
+pub fn create(size_mib: u64) -> Result<GuestMemory, MemoryError> {
+    create_of(HugePages::None, size_mib)
+}
+
 /// Maps `size_mib` MiB of zeroed RAM as private anonymous memory, in one part or in two around the hole below 4 GiB.
 ///
 /// The host pages come with the first touch, so that more RAM than the host has free can be given to guests that do
-/// not use it. Every part begins at a multiple of 2 MiB in this process as it does in the guest, so that huge pages
-/// can back it.
-pub fn create(size_mib: u64) -> Result<GuestMemory, MemoryError> {
+/// not use it; only huge pages that the host has set aside are reserved here, all or none. Every part begins at a
+/// multiple of 2 MiB in this process as it does in the guest, so that huge pages can back it.
+pub fn create_of(pages: HugePages, size_mib: u64) -> Result<GuestMemory, MemoryError> {
     let limit_mib = address_limit() / MIB - (layout::HOLE.end - layout::HOLE.start) / MIB;
     match size_mib {
         0 => return Err(MemoryError::Zero),
         _ if size_mib > limit_mib => return Err(MemoryError::TooLarge { size_mib, limit_mib }),
         _ => (),
     }
-    let map_error = |source| MemoryError::Map { size_mib, source };
+    let map_error = |source| match pages {
+        HugePages::Hugetlbfs2M => MemoryError::HugePages {
+            size_mib,
+            pages: size_mib.div_ceil(HUGE_PAGE as u64 / MIB),
+            source,
+        },
+        HugePages::None | HugePages::Transparent => MemoryError::Map { size_mib, source },
+    };
 
     let regions = layout::ram_ranges(size_mib * MIB)
-        .map(|range| anonymous(GuestAddress(range.start), range.end - range.start))
+        .map(|range| region(pages, GuestAddress(range.start), range.end - range.start))
         .collect::<io::Result<Vec<_>>>()
         .map_err(map_error)?;
     GuestMemory::from_regions(regions).map_err(|error| map_error(io::Error::other(error)))
@@ -105,7 +133,11 @@ pub fn create(size_mib: u64) -> Result<GuestMemory, MemoryError> {
 
 /// Private, zeroed memory for the guest address `start`, not yet seen by a guest. Its pages come with the first touch.
 pub fn anonymous(start: GuestAddress, size: u64) -> io::Result<GuestRegion> {
-    let mapping = map_aligned(usize::try_from(size).map_err(io::Error::other)?)?;
+    region(HugePages::None, start, size)
+}
+
+fn region(pages: HugePages, start: GuestAddress, size: u64) -> io::Result<GuestRegion> {
+    let mapping = map_ram(pages, usize::try_from(size).map_err(io::Error::other)?)?;
     GuestRegion::new(mapping, start).ok_or_else(|| io::Error::other("the guest address range overflows"))
 }
 
@@ -213,6 +245,26 @@ pub fn address_limit() -> u64 {
     1 << bits.clamp(MIN_BITS, 52)
 }
 
+fn map_ram(pages: HugePages, length: usize) -> io::Result<MmapRegion<()>> {
+    match pages {
+        HugePages::None => map_aligned(length),
+        HugePages::Transparent => {
+            let region = map_aligned(length)?;
+            // SAFETY: the range is the whole mapping that `region` owns; the advice changes what backs it and nothing
+            // of what it holds.
+            match unsafe { libc::madvise(region.as_ptr().cast(), length, libc::MADV_HUGEPAGE) } {
+                0 => Ok(region),
+                _ => Err(io::Error::last_os_error()),
+            }
+        }
+        HugePages::Hugetlbfs2M => {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            MmapRegion::build(None, length, access, flags).map_err(into_io_error)
+        }
+    }
+}
+
 /// An anonymous mapping that begins at a multiple of [`HUGE_PAGE`] wherever the kernel plays along. Recent kernels
 /// align by themselves; for the others a hole of exactly the right place and size is prepared, which the kernel's
 /// search from the top finds first. Nothing depends on the outcome but speed.
@@ -229,11 +281,14 @@ fn map_aligned(length: usize) -> io::Result<MmapRegion<()>> {
 }
 
 fn map_anonymous(length: usize) -> io::Result<MmapRegion<()>> {
-    use vm_memory::mmap::MmapRegionError;
-    MmapRegion::new(length).map_err(|error| match error {
+    MmapRegion::new(length).map_err(into_io_error)
+}
+
+fn into_io_error(error: MmapRegionError) -> io::Error {
+    match error {
         MmapRegionError::Mmap(source) => source,
         other => io::Error::other(other),
-    })
+    }
 }
 
 /// Address space that is held and never accessed.

@@ -113,8 +113,8 @@ impl Vm {
         }
         let kvm = kvm::open()?;
         let machine = &config.machine_config;
-        let ram = memory::create(machine.mem_size_mib as u64)?;
-        let vm = Arc::new(kvm::Vm::new(&kvm, &ram)?);
+        let ram = memory::create_of(machine.huge_pages, machine.mem_size_mib as u64)?;
+        let vm = Arc::new(kvm::Vm::new(&kvm, &ram, machine.track_dirty_pages)?);
         // What devices add to it is not RAM: the memory map must not have it.
         let memory = SharedMemory::new(ram.clone());
         let free = layout::device_memory((machine.mem_size_mib as u64) << 20, memory::address_limit());

@@ -1,14 +1,15 @@
 //! ELF kernels: the loadable segments of an uncompressed `vmlinux`.
 //!
 //! Segments are mapped copy-on-write over guest RAM as far as whole pages of file and memory coincide, so that a boot
-//! reads only what the guest touches and VMs share the pages of one kernel. Their ragged ends are copied.
+//! reads only what the guest touches and VMs share the pages of one kernel. Their ragged ends are copied, and so is
+//! everything where RAM is of huge pages.
 
 use std::ops::Range;
 
 use vm_memory::GuestAddress;
 
 use super::image::Image;
-use super::kernel::{Entry, KernelError, LoadedKernel, check_room, field};
+use super::kernel::{Entry, KernelError, LoadedKernel, Placement, check_room, field};
 use crate::memory::{self, GuestMemory};
 use crate::x86_64::layout::PAGE_SIZE;
 
@@ -38,7 +39,12 @@ struct Segment {
 }
 
 /// Loads an ELF kernel whose first bytes are `head`.
-pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<LoadedKernel, KernelError> {
+pub(super) fn load(
+    memory: &GuestMemory,
+    image: &Image,
+    head: &[u8],
+    placement: Placement,
+) -> Result<LoadedKernel, KernelError> {
     let (entry, segments) = parse(image, head)?;
     let loaded = check_layout(memory, image, &segments)?;
     let pvh = segments
@@ -57,7 +63,7 @@ pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<L
         });
     }
     for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
-        place(memory, image, segment)?;
+        place(memory, image, segment, placement)?;
     }
     // The kernel maps its initrd below 4 GiB; 2 GiB is what its oldest boot protocol allows.
     Ok(LoadedKernel {
@@ -137,7 +143,12 @@ fn check_layout(
     Ok(ranges)
 }
 
-fn place(memory: &GuestMemory, image: &Image, segment: &Segment) -> Result<(), KernelError> {
+fn place(
+    memory: &GuestMemory,
+    image: &Image,
+    segment: &Segment,
+    placement: Placement,
+) -> Result<(), KernelError> {
     let Segment {
         offset,
         address,
@@ -152,7 +163,8 @@ fn place(memory: &GuestMemory, image: &Image, segment: &Segment) -> Result<(), K
     // them: two faults and a copy for each small page cost more than to read them into large ones. The sums were checked.
     let first = address.next_multiple_of(PAGE_SIZE) - address;
     let last = ((address + file_size) / PAGE_SIZE * PAGE_SIZE).saturating_sub(address);
-    if segment.writable || offset % PAGE_SIZE != address % PAGE_SIZE || first >= last {
+    let apart = offset % PAGE_SIZE != address % PAGE_SIZE || first >= last;
+    if placement == Placement::Copied || segment.writable || apart {
         return if file_size > 0 {
             Ok(copy(0, file_size)?)
         } else {

@@ -17,8 +17,8 @@ use self::acpi::{AcpiError, AcpiMachine};
 use self::cmdline::{CommandLine, CommandLineError};
 use self::image::{Image, ImageError, ImageKind};
 use self::initrd::InitrdError;
-use self::kernel::{Entry, KernelError};
-use crate::config::{MachineConfig, VmConfig};
+use self::kernel::{Entry, KernelError, Placement};
+use crate::config::{HugePages, MachineConfig, VmConfig};
 use crate::kvm::{self, ImmediateExit, KvmError};
 use crate::memory::GuestMemory;
 use crate::x86_64::cpuid::{self, Topology};
@@ -108,7 +108,11 @@ pub fn add_device_parameters(
 pub fn load(memory: &GuestMemory, plan: &Plan<'_>) -> Result<Entry, BootError> {
     let source = &plan.config.boot_source;
     let image = Image::open(ImageKind::Kernel, source.kernel_image_path.as_ref())?;
-    let kernel = kernel::load(memory, &image)?;
+    let placement = match plan.config.machine_config.huge_pages {
+        HugePages::None => Placement::Mapped,
+        HugePages::Transparent | HugePages::Hugetlbfs2M => Placement::Copied,
+    };
+    let kernel = kernel::load(memory, &image, placement)?;
     let initrd = match &source.initrd_path {
         Some(path) => {
             let image = Image::open(ImageKind::Initrd, path.as_ref())?;

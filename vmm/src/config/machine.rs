@@ -18,7 +18,7 @@ pub struct MachineConfig {
     /// A named CPU template; only `None` so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
-    /// Whether a snapshot may hold only the pages that changed. Takes effect together with snapshots.
+    /// Whether KVM notes which pages the guest writes, so that a snapshot may hold only those.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Page size behind guest memory.
@@ -51,15 +51,15 @@ pub enum CpuTemplate {
     T2A,
 }
 
-/// Page sizes of the API.
+/// Kinds of pages behind guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
     /// Ordinary pages, and whatever the host's policy makes of them.
     #[default]
     None,
-    /// Transparent huge pages.
+    /// Huge pages where and when the host has them.
     Transparent,
-    /// Pages of hugetlbfs.
+    /// Pages of 2 MiB that the host has set aside, all of them at start.
     #[serde(rename = "2M")]
     Hugetlbfs2M,
 }
@@ -106,6 +106,9 @@ impl MachineConfig {
         if self.mem_size_mib < MIN_MEMORY_MIB {
             return Err(ConfigError::MemorySize(self.mem_size_mib));
         }
+        if self.huge_pages != HugePages::None && !self.mem_size_mib.is_multiple_of(2) {
+            return Err(ConfigError::HugePages(self.mem_size_mib));
+        }
         let unsupported = |what: String| ConfigError::Unsupported {
             section: "Machine config",
             what,
@@ -113,9 +116,6 @@ impl MachineConfig {
         match self.cpu_template.take() {
             None | Some(CpuTemplate::None) => {}
             Some(template) => return Err(unsupported(format!("cpu_template {template:?}"))),
-        }
-        if self.huge_pages != HugePages::None {
-            return Err(unsupported(format!("huge_pages {:?}", self.huge_pages)));
         }
         Ok(self)
     }

@@ -31,6 +31,9 @@ pub enum ConfigError {
     /// The size of memory is out of range.
     #[error("Machine config error: mem_size_mib is {0}; it must be at least {MIN_MEMORY_MIB}")]
     MemorySize(usize),
+    /// Memory is not made of whole huge pages.
+    #[error("Machine config error: mem_size_mib is {0}; with huge_pages it must be a multiple of 2")]
+    HugePages(usize),
     /// The command line is too long.
     #[error("Boot source error: boot_args is {0} bytes long; at most {MAX_BOOT_ARGS} fit")]
     BootArgs(usize),

@@ -43,6 +43,42 @@ fn regions_start_where_huge_pages_start() {
     );
 }
 
+/// The kernel's flags of the mapping that holds the first byte of RAM.
+fn mapping_flags(memory: &GuestMemory) -> Vec<String> {
+    let place = memory.get_host_address(GuestAddress(0)).unwrap().addr();
+    let holds = |line: &str| {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let address = |text| usize::from_str_radix(text, 16).ok();
+        range.is_some_and(|(start, end)| {
+            address(start).is_some_and(|start| start <= place) && address(end).is_some_and(|end| place < end)
+        })
+    };
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut lines = smaps.lines().skip_while(|line| !holds(line));
+    let flags = lines.find_map(|line| line.strip_prefix("VmFlags: ")).unwrap();
+    flags.split(' ').map(str::to_owned).collect()
+}
+
+#[test]
+fn transparent_huge_pages_are_asked_for() {
+    let flags = |pages| mapping_flags(&create_of(pages, 16).unwrap());
+
+    assert!(flags(HugePages::Transparent).contains(&"hg".to_owned()));
+    assert!(!flags(HugePages::None).contains(&"hg".to_owned()));
+}
+
+#[test]
+fn without_reserved_huge_pages_the_remedy_is_named() {
+    let message = create_of(HugePages::Hugetlbfs2M, 1 << 20)
+        .unwrap_err()
+        .to_string();
+
+    assert!(
+        message.contains("524288 free huge pages") && message.contains("nr_hugepages"),
+        "{message}"
+    );
+}
+
 #[test]
 fn a_tebibyte_can_be_had_without_touching_it() {
     let memory = create(1 << 20).unwrap();

@@ -20,6 +20,15 @@ pub enum Entry {
     Linux64(GuestAddress),
 }
 
+/// How an uncompressed kernel comes into guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// Its file is mapped over guest RAM as far as possible: nothing is read early, and VMs share its pages.
+    Mapped,
+    /// It is read into guest RAM, whose pages stay whole: a huge page cannot be replaced in parts.
+    Copied,
+}
+
 /// A kernel in guest memory.
 #[derive(Debug, PartialEq, Eq)]
 pub struct LoadedKernel {
@@ -82,7 +91,7 @@ pub enum KernelError {
 }
 
 /// Loads the kernel in `image`.
-pub fn load(memory: &GuestMemory, image: &Image) -> Result<LoadedKernel, KernelError> {
+pub fn load(memory: &GuestMemory, image: &Image, placement: Placement) -> Result<LoadedKernel, KernelError> {
     // Both formats show themselves within the first two sectors.
     let head = image.read(
         "headers",
@@ -90,7 +99,7 @@ pub fn load(memory: &GuestMemory, image: &Image) -> Result<LoadedKernel, KernelE
         usize::try_from(image.size().min(1024)).expect("at most 1024"),
     )?;
     if head.starts_with(b"\x7fELF") {
-        return elf::load(memory, image, &head);
+        return elf::load(memory, image, &head, placement);
     }
     if head.get(0x202..0x206) == Some(b"HdrS") {
         return bzimage::load(memory, image, &head);

@@ -112,7 +112,7 @@ fn load_bytes(bytes: &[u8], mib: u64) -> (GuestMemory, Result<LoadedKernel, Kern
     let file = TempFile::new(bytes);
     let memory = memory::create(mib).unwrap();
     let image = Image::open(ImageKind::Kernel, &file.0).unwrap();
-    let loaded = load(&memory, &image);
+    let loaded = load(&memory, &image, Placement::Mapped);
     (memory, loaded)
 }
 
@@ -170,11 +170,34 @@ fn a_segment_with_another_alignment_in_the_file_is_copied() {
     assert_eq!([byte(&memory, 16 * MIB), byte(&memory, 16 * MIB + 0xff0)], [2, 3]);
 }
 
+/// How many mappings of this process are of this file.
+fn mappings(path: &Path) -> usize {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.matches(path.to_str().unwrap()).count()
+}
+
+#[test]
+fn a_copied_kernel_is_the_same_and_its_file_is_not_mapped() {
+    let file = TempFile::new(&elf(&[ALIGNED], None));
+    let image = Image::open(ImageKind::Kernel, &file.0).unwrap();
+    let loaded = |placement| {
+        let memory = memory::create(32).unwrap();
+        let loaded = load(&memory, &image, placement).unwrap();
+        let mut bytes = vec![0; 0x6000];
+        memory.read_slice(&mut bytes, GuestAddress(16 * MIB)).unwrap();
+        (loaded, bytes, mappings(&file.0))
+    };
+    let (mapped, copied) = (loaded(Placement::Mapped), loaded(Placement::Copied));
+    assert_eq!((mapped.0, mapped.1), (copied.0, copied.1));
+    assert_eq!((mapped.2, copied.2), (1, 0));
+}
+
 #[test]
 fn writes_of_the_guest_do_not_reach_the_file() {
     let file = TempFile::new(&elf(&[ALIGNED], None));
     let memory = memory::create(32).unwrap();
-    load(&memory, &Image::open(ImageKind::Kernel, &file.0).unwrap()).unwrap();
+    let image = Image::open(ImageKind::Kernel, &file.0).unwrap();
+    load(&memory, &image, Placement::Mapped).unwrap();
     memory
         .write_slice(&[0xee; 0x2000], GuestAddress(16 * MIB))
         .unwrap();
