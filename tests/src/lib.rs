@@ -30,6 +30,7 @@ pub mod isolation;
 mod monitor;
 mod monitor_builder;
 mod scratch;
+pub mod stream;
 mod tap;
 pub mod terminal;
 mod tiny;

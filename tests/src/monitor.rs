@@ -64,10 +64,23 @@ impl Monitor {
     /// Processor time that its first thread has used so far, in ticks of 10 ms.
     pub fn control_ticks(&self) -> Result<u64> {
         let pid = self.pid();
-        let stat = fs::read_to_string(format!("/proc/{pid}/task/{pid}/stat"))?;
-        // What follows the name, which is in parentheses: the user's and the kernel's time are fields 14 and 15 of all.
-        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-        Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+        ticks(Path::new(&format!("/proc/{pid}/task/{pid}")))
+    }
+
+    /// Processor time that its threads have used so far which run devices, in ticks of 10 ms.
+    pub fn io_ticks(&self) -> Result<u64> {
+        let (mut total, mut threads) = (0, 0);
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let task = task?.path();
+            if fs::read_to_string(task.join("comm"))?.starts_with("io ") {
+                total += ticks(&task)?;
+                threads += 1;
+            }
+        }
+        if threads == 0 {
+            return Err(self.failure("no thread runs devices"));
+        }
+        Ok(total)
     }
 
     /// How often its io threads have gone to sleep so far.
@@ -245,6 +258,14 @@ impl Drop for Monitor {
         let _ = child.kill();
         let _ = child.wait();
     }
+}
+
+/// Processor time of the thread with this folder in /proc, in ticks of 10 ms.
+fn ticks(thread: &Path) -> Result<u64> {
+    let stat = fs::read_to_string(thread.join("stat"))?;
+    // What follows the name, which is in parentheses: the user's and the kernel's time are fields 14 and 15 of all.
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
