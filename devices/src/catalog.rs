@@ -89,8 +89,7 @@ impl DeviceConfig {
         match self {
             Self::Block(config) => config.patch(serde_json::from_value(patch.clone())?),
             Self::Net(config) => config.patch(serde_json::from_value(patch.clone())?),
-            // Its patch changes limits only.
-            Self::Pmem(_) => {}
+            Self::Pmem(config) => config.patch(&serde_json::from_value(patch.clone())?),
             Self::Entropy(_) | Self::Vsock(_) => {
                 return Err(UpdateError::Refused("this device takes no changes".into()));
             }
@@ -104,9 +103,8 @@ impl DeviceConfig {
         match self {
             Self::Block(config) => drop(config.build()?),
             Self::Net(config) => drop(config.build()?),
-            Self::Entropy(_) => {}
             Self::Vsock(config) => drop(config.build()?),
-            Self::Pmem(config) => config.validate().map_err(pmem::OpenError::from)?,
+            Self::Entropy(_) | Self::Pmem(_) => {}
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! Pmem devices over the API: before start, at start and after it. The guest is a few instructions.
 
-use mayfly_tests::{Drive, Monitor, MonitorBuilder, Pmem, Result, Scratch, TestVm, TinyKernel, Vm, zeros};
+use mayfly_tests::{
+    Drive, Failure, Monitor, MonitorBuilder, Pmem, Result, Scratch, TestVm, TinyKernel, Vm, zeros,
+};
 use serde_json::{Value, json};
 
 fn monitor(name: &str) -> Result<Monitor> {
@@ -94,14 +96,11 @@ fn there_is_one_root_device_among_drives_and_pmem() -> Result {
 }
 
 #[test]
-fn ids_and_limits_are_checked() -> Result {
+fn ids_and_fields_are_checked() -> Result {
     let monitor = monitor("pmem")?;
     let put = |path: &str, body: &Value| monitor.put(path, body);
     put("/pmem/a", &pmem("b", "/nope"))?.assert_refused(&["path does not match"]);
     put("/pmem/a-b", &pmem("a-b", "/nope"))?.assert_refused(&["alphanumeric"]);
-    let limited =
-        json!({"id": "a", "path_on_host": "/x", "rate_limiter": {"ops": {"size": 1, "refill_time": 1}}});
-    put("/pmem/a", &limited)?.assert_refused(&["Pmem config error", "rate_limiter"]);
     put("/pmem/a", &json!({"id": "a", "path_on_host": "/x", "size": 1}))?.assert_refused(&["unknown field"]);
     assert_eq!(monitor.get("/vm/config")?.json()?["pmem"], json!([]));
     Ok(())
@@ -126,6 +125,20 @@ fn a_change_without_limits_does_nothing_whatever_its_id() -> Result {
     vm.patch("/pmem/nobody", &json!({"id": "nobody"}))?.success()?;
     vm.patch("/pmem/nobody", &json!({"id": "nobody", "rate_limiter": {}}))?
         .assert_refused(&["Pmem config error", "nobody"]);
+    Ok(())
+}
+
+#[test]
+fn limits_of_a_running_device_change() -> Result {
+    let (vm, _scratch) = running(false)?;
+    let bucket = |size: u64| json!({"size": size, "one_time_burst": null, "refill_time": 100});
+    let limits = json!({"bandwidth": null, "ops": bucket(5)});
+    let patch = |limits: &Value| vm.patch("/pmem/a", &json!({"id": "a", "rate_limiter": limits}));
+    patch(&limits)?.success()?;
+    let shown = || Ok::<_, Failure>(vm.get("/vm/config")?.json()?["pmem"][0]["rate_limiter"].clone());
+    assert_eq!(shown()?, limits);
+    patch(&json!({"ops": bucket(0)}))?.success()?;
+    assert_eq!(shown()?, Value::Null);
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use mayfly_tests::{Drive, HOST_TIMEOUT, Monitor, MonitorBuilder, Result, Scratch
 use serde_json::{Map, Value, json};
 
 /// The groups of a line and their names, as tools for Firecracker's lines expect them; no more and no fewer.
-const SCHEMA: [(&str, &str); 17] = [
+const SCHEMA: [(&str, &str); 18] = [
     (
         "api_server",
         "process_startup_time_us process_startup_time_cpu_us",
@@ -54,6 +54,11 @@ const SCHEMA: [(&str, &str); 17] = [
         "patch_api_requests",
         "drive_count drive_fails network_count network_fails machine_cfg_count machine_cfg_fails mmds_count \
          mmds_fails hotplug_memory_count hotplug_memory_fails pmem_count pmem_fails",
+    ),
+    (
+        "pmem",
+        "activate_fails cfg_fails event_fails queue_event_count rate_limiter_throttled_events \
+         rate_limiter_event_count",
     ),
     (
         "put_api_requests",

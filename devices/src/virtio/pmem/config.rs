@@ -22,7 +22,7 @@ pub struct Config {
     /// True when the guest's writes must not reach the file.
     #[serde(default)]
     pub read_only: bool,
-    /// Limits flushes.
+    /// Limits flushes: each is one operation and has as many bytes as the file.
     #[serde(serialize_with = "serialize_effective")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
@@ -33,46 +33,18 @@ pub struct Config {
 pub struct Patch {
     /// Names the device.
     pub id: String,
-    /// New limits; without them nothing changes.
+    /// Changes of the limits; without them nothing changes.
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 
-/// Why a pmem device's config is refused.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum ConfigError {
-    /// A rate limiter that limits something.
-    #[error(
-        "pmem device '{id}' asks for a rate limiter, which this version does not have yet: leave rate_limiter out"
-    )]
-    RateLimiter {
-        /// Which device.
-        id: String,
-    },
-}
-
 impl Config {
-    /// Checks all that can be told without the host's file system.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        refuse_rate_limiter(&self.id, self.rate_limiter)
+    /// Takes in what a patch changes.
+    pub fn patch(&mut self, patch: &Patch) {
+        RateLimiterConfig::patch(&mut self.rate_limiter, patch.rate_limiter.as_ref());
     }
 
-    /// Checks the config, opens the file, gives it to the guest of `host` and makes the device.
+    /// Opens the file, gives it to the guest of `host` and makes the device.
     pub fn build(&self, host: &dyn MemoryHost) -> Result<Pmem, OpenError> {
-        self.validate()?;
         Pmem::new(self, host)
-    }
-}
-
-impl Patch {
-    /// Checks all that can be told without the device.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        refuse_rate_limiter(&self.id, self.rate_limiter)
-    }
-}
-
-fn refuse_rate_limiter(id: &str, limits: Option<RateLimiterConfig>) -> Result<(), ConfigError> {
-    match limits {
-        Some(limits) if limits.is_effective() => Err(ConfigError::RateLimiter { id: id.into() }),
-        _ => Ok(()),
     }
 }

@@ -1,6 +1,7 @@
 //! [`Pmem`]: the device.
 
 use std::io;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -9,9 +10,10 @@ use super::flusher::Flusher;
 use super::image::Image;
 use super::{Config, OpenError, Patch};
 use crate::memory_host::{FileMapping, MappedFile, MemoryHost};
+use crate::rate_limiter;
 use crate::virtio::{
-    Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Io, QueueError, StateError, UpdateError,
-    Vector, VirtioDevice, feature,
+    Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, Latency, StateError,
+    Throttle, UpdateError, Vector, VirtioDevice, feature,
 };
 
 const QUEUE_SIZE: u16 = 256;
@@ -23,6 +25,8 @@ const DONE: u32 = 0;
 const FAILED: u32 = u32::MAX;
 /// The flusher has finished.
 const FLUSHED: u32 = 0;
+/// A flush that the limits held back can go.
+const RELEASED: u32 = 1;
 
 const KIND: &str = "pmem";
 const STATE_VERSION: u32 = 1;
@@ -38,10 +42,13 @@ pub struct Metrics {
     pub event_fails: u64,
     /// Notifications by the driver.
     pub queue_event_count: u64,
-    /// Flushes that the rate limiter held back. Always zero in this version.
+    /// Flushes that the rate limiter held back.
     pub rate_limiter_throttled_events: u64,
-    /// Timer events of the rate limiter. Always zero in this version.
+    /// Flushes that the rate limiter then let go.
     pub rate_limiter_event_count: u64,
+    /// How long flushes of the host took. Told as a histogram only.
+    #[serde(skip)]
+    pub flush_agg: Latency,
 }
 
 /// What a snapshot keeps: facts that the guest has read and that must hold after the restore.
@@ -51,6 +58,7 @@ struct State {
     start: u64,
     size: u64,
     read_only: bool,
+    rate_limiter: rate_limiter::State,
 }
 
 /// A virtio pmem device.
@@ -68,6 +76,11 @@ pub struct Pmem {
     flusher: Option<Flusher>,
     /// How many requests the running flush answers.
     covered: u16,
+    /// When the running flush began.
+    began: Option<Instant>,
+    throttle: Throttle,
+    /// Bytes in the file, which every flush is said to move.
+    file_size: usize,
     /// Kept from flush to flush, so that answering allocates nothing.
     storage: ChainStorage,
     metrics: Metrics,
@@ -97,6 +110,7 @@ impl Pmem {
         let memory = host
             .map_file(&mapping)
             .map_err(|source| OpenError::Memory { path: path(), source })?;
+        let file_size = image.size;
         let flusher = (!config.read_only).then(|| Flusher::new(image.file));
         let flusher = flusher.transpose().map_err(|source| OpenError::Host {
             op: "start a thread that flushes",
@@ -115,27 +129,40 @@ impl Pmem {
             size,
             flusher,
             covered: 0,
+            began: None,
+            throttle: Throttle::new(config.rate_limiter.as_ref(), RELEASED),
+            file_size: usize::try_from(file_size).unwrap_or(usize::MAX),
             storage: ChainStorage::default(),
             metrics: Metrics::default(),
         })
     }
 
-    /// Starts a flush for the requests that wait, unless one is running.
-    fn begin(&mut self, io: &mut Io<'_>) -> Result<(), QueueError> {
-        if self.flusher.as_ref().is_some_and(Flusher::is_busy) {
+    /// Starts a flush for the requests that wait, unless one is running or held back.
+    fn begin(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let is_busy = self.flusher.as_ref().is_some_and(Flusher::is_busy);
+        if is_busy || self.throttle.is_holding() {
             return Ok(());
         }
         let mut ring = io.queues[0].open(io.mem)?;
         // A driver that must not notify could wait for ever with a request that came during a flush.
         ring.enable_notify()?;
-        self.covered = ring.pending()?;
-        match (&mut self.flusher, self.covered) {
-            (_, 0) => Ok(()),
-            (Some(flusher), _) => {
+        let waiting = ring.pending()?;
+        if waiting == 0 {
+            return Ok(());
+        }
+        self.throttle.begin(io.clock);
+        if !self.throttle.take(self.file_size) {
+            self.metrics.rate_limiter_throttled_events += 1;
+            return self.throttle.settle(io.clock);
+        }
+        self.covered = waiting;
+        match &mut self.flusher {
+            Some(flusher) => {
                 flusher.start();
+                self.began = Some(io.clock.now());
                 Ok(())
             }
-            (None, _) => {
+            None => {
                 let refused = io::Error::from(io::ErrorKind::ReadOnlyFilesystem);
                 self.answer(io, Err(refused))?;
                 let more = io.queues[0].open(io.mem)?.enable_notify()?;
@@ -146,7 +173,11 @@ impl Pmem {
     }
 
     /// Answers the requests that a flush was for.
-    fn answer(&mut self, io: &mut Io<'_>, result: io::Result<()>) -> Result<(), QueueError> {
+    fn answer(&mut self, io: &mut Io<'_>, result: io::Result<()>) -> Result<(), DeviceError> {
+        if let Some(began) = self.began.take() {
+            let time = io.clock.now().saturating_duration_since(began);
+            self.metrics.flush_agg.record(time);
+        }
         if let Err(error) = &result {
             log::warn!("pmem device '{}' could not flush: {error}", self.id);
         }
@@ -179,7 +210,7 @@ impl Pmem {
     }
 
     /// Takes the result of a flush that has ended, and goes on with those requests that came since.
-    fn finish(&mut self, io: &mut Io<'_>) -> Result<(), QueueError> {
+    fn finish(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let result = self.flusher.as_mut().and_then(Flusher::take);
         if let Some(result) = result {
             self.answer(io, result)?;
@@ -189,9 +220,28 @@ impl Pmem {
     }
 
     /// Counts a run that ended badly.
-    fn counted(&mut self, result: Result<(), QueueError>) -> Result<(), DeviceError> {
+    fn counted(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
         self.metrics.event_fails += u64::from(result.is_err());
-        Ok(result?)
+        result
+    }
+
+    /// Watches the flusher and the timer of the limits.
+    fn watch(&mut self, io: &Io<'_>) -> Result<(), DeviceError> {
+        if let Some(flusher) = &self.flusher {
+            let watched = io.watch.add(flusher.done_fd(), FLUSHED);
+            watched.map_err(|source| DeviceError::Host {
+                op: "watch the flushes of a pmem device",
+                source,
+            })?;
+        }
+        self.throttle.activate(io)
+    }
+
+    fn change(&mut self, patch: &Patch, io: &Io<'_>) -> Result<(), UpdateError> {
+        let limits = patch.rate_limiter.as_ref();
+        self.throttle.prepare(limits, io)?;
+        self.throttle.patch(limits);
+        Ok(())
     }
 }
 
@@ -205,16 +255,9 @@ impl VirtioDevice for Pmem {
     }
 
     fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let Some(flusher) = &self.flusher else {
-            return Ok(());
-        };
-        io.watch.add(flusher.done_fd(), FLUSHED).map_err(|source| {
-            self.metrics.activate_fails += 1;
-            DeviceError::Host {
-                op: "watch the flushes of a pmem device",
-                source,
-            }
-        })
+        let result = self.watch(io);
+        self.metrics.activate_fails += u64::from(result.is_err());
+        result
     }
 
     fn on_queue(&mut self, _queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -223,8 +266,15 @@ impl VirtioDevice for Pmem {
         self.counted(result)
     }
 
-    fn on_event(&mut self, _token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let result = self.finish(io);
+    fn on_event(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let result = match token {
+            FLUSHED => self.finish(io),
+            RELEASED if self.throttle.release() => {
+                self.metrics.rate_limiter_event_count += 1;
+                self.begin(io)
+            }
+            _ => Ok(()),
+        };
         self.counted(result)
     }
 
@@ -239,13 +289,11 @@ impl VirtioDevice for Pmem {
         if let Some(flusher) = &mut self.flusher {
             flusher.forget();
         }
+        self.throttle.reset();
     }
 
-    fn update(&mut self, patch: Value, _io: &mut Io<'_>) -> Result<(), UpdateError> {
-        let patch: Patch = serde_json::from_value(patch)?;
-        patch
-            .validate()
-            .map_err(|error| UpdateError::Device(error.into()))
+    fn update(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError> {
+        self.change(&serde_json::from_value(patch)?, io)
     }
 
     fn save(&self) -> Blob {
@@ -253,6 +301,7 @@ impl VirtioDevice for Pmem {
             start: self.memory.start(),
             size: self.size,
             read_only: self.flusher.is_none(),
+            rate_limiter: self.throttle.save(),
         };
         Blob::new(KIND, STATE_VERSION, &state)
     }
@@ -277,11 +326,15 @@ impl VirtioDevice for Pmem {
                 self.id
             )));
         }
-        Ok(())
+        self.throttle.load(KIND, state.rate_limiter)
     }
 
     fn metrics(&self) -> Value {
         serde_json::to_value(&self.metrics).expect("counters are plain data")
+    }
+
+    fn histograms(&self) -> Vec<(&'static str, Histogram)> {
+        vec![("flush", self.metrics.flush_agg.spread)]
     }
 }
 

@@ -4,7 +4,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
-use super::ConfigError;
 use crate::memory_host::MemoryHostError;
 
 /// What the size of the memory is a multiple of: Linux maps persistent memory in pieces of 2 MiB.
@@ -13,9 +12,6 @@ pub(super) const GRANULE: u64 = 2 << 20;
 /// Why a pmem device could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The config is not valid.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
     /// The file cannot be opened.
     #[error("cannot open '{path}' {mode}{hint}")]
     Open {

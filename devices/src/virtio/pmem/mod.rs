@@ -11,7 +11,7 @@ mod device;
 mod flusher;
 mod image;
 
-pub use config::{Config, ConfigError, Patch};
+pub use config::{Config, Patch};
 pub use device::{Metrics, Pmem};
 pub use image::OpenError;
 

@@ -1,7 +1,7 @@
 //! What is taken and refused before there is a device.
 
 use super::*;
-use crate::virtio::pmem::{ConfigError, OpenError, Patch};
+use crate::virtio::pmem::OpenError;
 
 fn parse(json: &str) -> Result<Config, String> {
     serde_json::from_str(json).map_err(|error| error.to_string())
@@ -35,17 +35,21 @@ fn required_and_unknown_fields_are_named() {
 }
 
 #[test]
-fn limits_that_limit_nothing_are_taken_and_others_refused() {
-    let limiter = |size: u64| {
-        format!(
-            r#"{{"id":"a","path_on_host":"/x","rate_limiter":{{"ops":{{"size":{size},"refill_time":1}}}}}}"#
-        )
-    };
-    assert_eq!(parse(&limiter(0)).unwrap().validate(), Ok(()));
-    let refused = ConfigError::RateLimiter { id: "a".into() };
-    assert_eq!(parse(&limiter(1)).unwrap().validate(), Err(refused));
-    let patch = r#"{"id":"a","rate_limiter":{"ops":{"size":1,"refill_time":1}}}"#;
-    assert!(serde_json::from_str::<Patch>(patch).unwrap().validate().is_err());
+fn a_patch_changes_the_limits_of_a_config() {
+    let mut config = config(&file(1));
+    let limits = r#"{"bandwidth":null,"ops":{"size":1,"one_time_burst":null,"refill_time":5}}"#;
+    let patch =
+        |limits: &str| serde_json::from_str(&format!(r#"{{"id":"pm","rate_limiter":{limits}}}"#)).unwrap();
+    config.patch(&patch(limits));
+    let shown = serde_json::to_string(&config).unwrap();
+    assert!(
+        shown.ends_with(&format!(r#""rate_limiter":{limits}}}"#)),
+        "{shown}"
+    );
+    config.patch(&patch("null"));
+    assert!(config.rate_limiter.is_some());
+    config.patch(&patch(r#"{"ops":{"size":0,"refill_time":0}}"#));
+    assert_eq!(config.rate_limiter, None);
 }
 
 #[test]

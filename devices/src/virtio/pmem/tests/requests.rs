@@ -25,6 +25,7 @@ fn answers_a_flush_when_it_is_done_and_not_before() {
     assert_eq!(guest.interrupts(), 1);
     assert_eq!(device.metrics()["queue_event_count"], 1);
     assert_eq!(device.metrics()["event_fails"], 0);
+    assert_eq!(device.histograms()[0].1.count(), 1);
 }
 
 #[test]
