@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::memory_host::MemoryHost;
-use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, net, pmem, rng, vsock};
+use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, mem, net, pmem, rng, vsock};
 
 /// The config of any device.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,15 +19,18 @@ pub enum DeviceConfig {
     Pmem(pmem::Config),
     /// Sockets between guest and host.
     Vsock(vsock::Config),
+    /// Memory that is plugged in and out.
+    Mem(mem::Config),
 }
 
 /// All kinds of devices.
-pub const KINDS: [DeviceKind; 5] = [
+pub const KINDS: [DeviceKind; 6] = [
     DeviceKind::Block,
     DeviceKind::Net,
     DeviceKind::Entropy,
     DeviceKind::Pmem,
     DeviceKind::Vsock,
+    DeviceKind::Mem,
 ];
 
 /// The counters of a device that has done nothing, as one JSON object.
@@ -41,6 +44,7 @@ pub fn blank_metrics(kind: DeviceKind) -> Value {
         DeviceKind::Entropy => blank::<rng::Metrics>(),
         DeviceKind::Pmem => blank::<pmem::Metrics>(),
         DeviceKind::Vsock => blank::<vsock::Metrics>(),
+        DeviceKind::Mem => blank::<mem::Metrics>(),
     }
 }
 
@@ -59,6 +63,9 @@ pub enum BuildError {
     /// Sockets between guest and host.
     #[error("Cannot create backend for vsock device")]
     Vsock(#[from] vsock::OpenError),
+    /// Memory that is plugged in and out.
+    #[error("Could not create the memory hotplug device")]
+    Mem(#[from] mem::BuildError),
 }
 
 impl DeviceConfig {
@@ -70,6 +77,7 @@ impl DeviceConfig {
             Self::Entropy(_) => DeviceKind::Entropy,
             Self::Pmem(_) => DeviceKind::Pmem,
             Self::Vsock(_) => DeviceKind::Vsock,
+            Self::Mem(_) => DeviceKind::Mem,
         }
     }
 
@@ -81,6 +89,7 @@ impl DeviceConfig {
             Self::Entropy(_) => "entropy",
             Self::Pmem(config) => &config.id,
             Self::Vsock(_) => "vsock",
+            Self::Mem(_) => mem::ID,
         }
     }
 
@@ -90,6 +99,8 @@ impl DeviceConfig {
             Self::Block(config) => config.patch(serde_json::from_value(patch.clone())?),
             Self::Net(config) => config.patch(serde_json::from_value(patch.clone())?),
             Self::Pmem(config) => config.patch(&serde_json::from_value(patch.clone())?),
+            // How much memory is requested is no part of the config.
+            Self::Mem(_) => {}
             Self::Entropy(_) | Self::Vsock(_) => {
                 return Err(UpdateError::Refused("this device takes no changes".into()));
             }
@@ -105,6 +116,7 @@ impl DeviceConfig {
             Self::Net(config) => drop(config.build()?),
             Self::Vsock(config) => drop(config.build()?),
             Self::Entropy(_) | Self::Pmem(_) => {}
+            Self::Mem(config) => config.validate().map_err(mem::BuildError::from)?,
         }
         Ok(())
     }
@@ -117,6 +129,7 @@ impl DeviceConfig {
             Self::Entropy(config) => Box::new(config.build()),
             Self::Pmem(config) => Box::new(config.build(host)?),
             Self::Vsock(config) => Box::new(config.build()?),
+            Self::Mem(config) => Box::new(config.build(host)?),
         })
     }
 }

@@ -99,6 +99,13 @@ impl Monitor {
         Ok(sleeps)
     }
 
+    /// Bytes of memory that the host has given it, the guest's included.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let statm = fs::read_to_string(format!("/proc/{}/statm", self.pid()))?;
+        let pages = statm.split(' ').nth(1).unwrap_or_default();
+        Ok(pages.parse::<u64>()? * 4096)
+    }
+
     /// Its standard output: the guest's console.
     pub fn console(&self) -> &Console {
         &self.console

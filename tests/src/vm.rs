@@ -13,6 +13,9 @@ use crate::{Drive, GuestImage, Monitor, MonitorBuilder, Net, Pmem, Result};
 /// Arguments for the guest images: a quiet console with the agent on it, and resets that end the machine.
 const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet mayfly.agent";
 
+/// The section of memory that is plugged in. Only this one has another name in the API.
+const MEMORY_HOTPLUG: &str = "memory-hotplug";
+
 /// How the monitor learns what the machine is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Configure {
@@ -104,6 +107,11 @@ impl TestVm {
     pub fn pmem(mut self, pmem: Pmem) -> Self {
         self.pmem.push(pmem);
         self
+    }
+
+    /// Adds memory that can be plugged in: so many MiB at most.
+    pub fn memory_hotplug(self, total_mib: u32) -> Self {
+        self.section(MEMORY_HOTPLUG, json!({"total_size_mib": total_mib}))
     }
 
     /// Adds the entropy device.
@@ -225,8 +233,13 @@ fn put_config(monitor: &Monitor, config: &Value) -> Result {
             "drives" => "drive_id",
             "network-interfaces" => "iface_id",
             "pmem" => "id",
-            _ => {
-                monitor.put(&format!("/{section}"), value)?.success()?;
+            section => {
+                let path = if section == MEMORY_HOTPLUG {
+                    "hotplug/memory"
+                } else {
+                    section
+                };
+                monitor.put(&format!("/{path}"), value)?.success()?;
                 continue;
             }
         };

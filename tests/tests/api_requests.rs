@@ -45,7 +45,6 @@ fn resources_to_come_are_refused_with_a_reason() -> Result {
         ("PUT", "/mmds/config", "{}"),
         ("PUT", "/snapshot/create", "{}"),
         ("PUT", "/snapshot/load", "{}"),
-        ("PUT", "/hotplug/memory", "{}"),
         ("DELETE", "/drives/a", ""),
         ("DELETE", "/pmem/a", ""),
         ("DELETE", "/network-interfaces/a", ""),

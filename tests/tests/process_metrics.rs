@@ -7,7 +7,7 @@ use mayfly_tests::{Drive, HOST_TIMEOUT, Monitor, MonitorBuilder, Result, Scratch
 use serde_json::{Map, Value, json};
 
 /// The groups of a line and their names, as tools for Firecracker's lines expect them; no more and no fewer.
-const SCHEMA: [(&str, &str); 18] = [
+const SCHEMA: [(&str, &str); 19] = [
     (
         "api_server",
         "process_startup_time_us process_startup_time_cpu_us",
@@ -41,6 +41,12 @@ const SCHEMA: [(&str, &str); 18] = [
     (
         "logger",
         "missed_metrics_count metrics_fails missed_log_count rate_limited_log_count",
+    ),
+    (
+        "memory_hotplug",
+        "activate_fails queue_event_fails queue_event_count plug_count plug_bytes plug_fails plug_agg unplug_count \
+         unplug_bytes unplug_fails unplug_discard_fails unplug_agg state_count state_fails state_agg unplug_all_count \
+         unplug_all_fails unplug_all_agg",
     ),
     (
         "net",

@@ -8,6 +8,7 @@ mod echo;
 mod health;
 pub mod lane;
 pub mod latency;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pci;
@@ -60,6 +61,8 @@ pub enum DeviceKind {
     Block = 2,
     /// Entropy source.
     Entropy = 4,
+    /// Memory that is plugged in and out.
+    Mem = 24,
     /// Memory with a file behind it.
     Pmem = 27,
     /// Sockets between guest and host.
@@ -79,6 +82,7 @@ impl DeviceKind {
             DeviceKind::Block => "block",
             DeviceKind::Entropy => "entropy",
             DeviceKind::Vsock => "vsock",
+            DeviceKind::Mem => "memory_hotplug",
             DeviceKind::Pmem => "pmem",
         }
     }
@@ -88,7 +92,7 @@ impl DeviceKind {
         match self {
             DeviceKind::Net => Some("iface"),
             DeviceKind::Block => Some("drive"),
-            DeviceKind::Entropy | DeviceKind::Vsock => None,
+            DeviceKind::Entropy | DeviceKind::Vsock | DeviceKind::Mem => None,
             DeviceKind::Pmem => Some("pmem"),
         }
     }
@@ -99,7 +103,7 @@ impl DeviceKind {
             DeviceKind::Net => (0x02, 0x00),
             DeviceKind::Block => (0x01, 0x80),
             DeviceKind::Entropy => (0xff, 0x00),
-            DeviceKind::Pmem => (0x05, 0x80),
+            DeviceKind::Mem | DeviceKind::Pmem => (0x05, 0x80),
             DeviceKind::Vsock => (0x07, 0x80),
         }
     }

@@ -227,6 +227,11 @@ impl<'m> Machine<'m> {
         }
     }
 
+    /// The slot with the device, as the control thread and the transport reach it.
+    pub fn slot(&mut self) -> &mut VirtioSlot {
+        &mut self.slot
+    }
+
     /// Reports every descriptor that the device watches.
     pub fn ready(&self) {
         let watched = self

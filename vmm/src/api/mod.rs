@@ -9,7 +9,7 @@ mod requests;
 
 use api_server::{Method, Request, Response, Stream};
 use devices::catalog::DeviceConfig;
-use devices::virtio::{DeviceKind, block, net, pmem, vsock};
+use devices::virtio::{DeviceKind, block, mem, net, pmem, vsock};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -42,6 +42,7 @@ pub enum Action {
         id: String,
         patch: Value,
     },
+    GetMemoryHotplug,
     PutSerial(SerialConfig),
     PutLogger(LoggerConfig),
     PutMetrics(MetricsConfig),
@@ -102,14 +103,7 @@ enum VmState {
 }
 
 /// Resources that Firecracker's API has and this version does not.
-const UNSUPPORTED: [&str; 6] = [
-    "balloon",
-    "cpu-config",
-    "hotplug",
-    "mmds",
-    "snapshot",
-    "network-interfaces",
-];
+const UNSUPPORTED: [&str; 5] = ["balloon", "cpu-config", "mmds", "snapshot", "network-interfaces"];
 
 /// Turns a request into an action.
 pub fn route(request: &Request) -> Result<Routed, RouteError> {
@@ -133,6 +127,9 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Patch, "network-interfaces") => patch_net(id, body)?,
         (Method::Put, "pmem") => put_pmem(id, body)?,
         (Method::Patch, "pmem") => patch_pmem(id, body)?,
+        (Method::Get, "hotplug") if id == Some("memory") => Action::GetMemoryHotplug,
+        (Method::Put, "hotplug") if id == Some("memory") => put_device(DeviceConfig::Mem(json(body)?)),
+        (Method::Patch, "hotplug") if id == Some("memory") => patch_memory_hotplug(body)?,
         (Method::Put, "entropy") => put_device(DeviceConfig::Entropy(json(body)?)),
         (Method::Put, "vsock") => return put_vsock(body),
         (Method::Put, "serial") => Action::PutSerial(json(body)?),
@@ -238,6 +235,15 @@ fn patch_pmem(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     Ok(Action::PatchDevice {
         kind: DeviceKind::Pmem,
         id: id.into(),
+        patch: json(body)?,
+    })
+}
+
+fn patch_memory_hotplug(body: &[u8]) -> Result<Action, RouteError> {
+    json::<mem::Patch>(body)?;
+    Ok(Action::PatchDevice {
+        kind: DeviceKind::Mem,
+        id: mem::ID.into(),
         patch: json(body)?,
     })
 }

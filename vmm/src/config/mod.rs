@@ -6,7 +6,7 @@ mod machine;
 mod process;
 
 use devices::catalog::DeviceConfig;
-use devices::virtio::{DeviceKind, block, net, pmem, rng, vsock};
+use devices::virtio::{DeviceKind, block, mem, net, pmem, rng, vsock};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use file::{ConfigFileError, read_config_file};
@@ -141,9 +141,9 @@ pub struct VmConfig {
     /// Files as memory.
     #[serde(default)]
     pub pmem: Vec<pmem::Config>,
-    /// Not supported yet.
+    /// Memory that is plugged in and out.
     #[serde(default)]
-    pub memory_hotplug: Absent,
+    pub memory_hotplug: Option<mem::Config>,
     /// The serial port; kept out of answers, as clients of the API expect.
     #[serde(default, skip_serializing)]
     pub serial: Option<SerialConfig>,
@@ -157,11 +157,13 @@ impl VmConfig {
         let entropy = self.entropy.iter().cloned().map(DeviceConfig::Entropy);
         let pmem = self.pmem.iter().cloned().map(DeviceConfig::Pmem);
         let vsock = self.vsock.iter().cloned().map(DeviceConfig::Vsock);
+        let mem = self.memory_hotplug.iter().cloned().map(DeviceConfig::Mem);
         drives
             .chain(nets)
             .chain(vsock)
             .chain(entropy)
             .chain(pmem)
+            .chain(mem)
             .collect()
     }
 
@@ -179,6 +181,7 @@ impl VmConfig {
             DeviceConfig::Entropy(entropy) => self.entropy = Some(entropy),
             DeviceConfig::Pmem(pmem) => self.put_pmem(pmem)?,
             DeviceConfig::Vsock(vsock) => self.vsock = Some(vsock),
+            DeviceConfig::Mem(mem) => self.memory_hotplug = Some(mem),
         }
         Ok(())
     }

@@ -43,6 +43,14 @@ pub enum ControlError {
         /// Why.
         source: DeviceSetError,
     },
+    /// There is no such device.
+    #[error("{} status error", section(*kind))]
+    Status {
+        /// What it is.
+        kind: DeviceKind,
+        /// Why.
+        source: DeviceSetError,
+    },
     /// A file for lines cannot be opened.
     #[error("{section} error: cannot open '{path}' for writing", path = path.display())]
     Sink {
@@ -78,6 +86,7 @@ fn section(kind: DeviceKind) -> &'static str {
         DeviceKind::Entropy => "Entropy",
         DeviceKind::Pmem => "Pmem",
         DeviceKind::Vsock => "Vsock",
+        DeviceKind::Mem => "Memory hotplug",
     }
 }
 
@@ -89,5 +98,6 @@ fn refused_patch(kind: DeviceKind) -> &'static str {
         DeviceKind::Entropy => "Entropy config error",
         DeviceKind::Pmem => "Pmem config error: Unable to patch the pmem device",
         DeviceKind::Vsock => "Vsock config error",
+        DeviceKind::Mem => "Memory hotplug update error",
     }
 }

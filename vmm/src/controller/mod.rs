@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::catalog::DeviceConfig;
-use devices::virtio::DeviceKind;
+use devices::virtio::{DeviceKind, mem};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -98,6 +98,7 @@ impl Controller {
                 config.put_boot_source(source)?;
                 Ok(Reply::Done)
             }
+            Action::GetMemoryHotplug => self.memory_hotplug(),
             Action::PutDevice(device) => self.put_device(*device),
             Action::PatchDevice { kind, id, patch } => self.patch_device(kind, &id, patch),
             Action::PutSerial(serial) => self.put_serial(serial),
@@ -223,6 +224,15 @@ impl Controller {
         }
         config.serial = Some(serial);
         Ok(Reply::Done)
+    }
+
+    fn memory_hotplug(&mut self) -> Result<Reply, ControlError> {
+        let kind = DeviceKind::Mem;
+        let status = self.vm()?.device_status(kind, mem::ID);
+        let status = status.map_err(|source| ControlError::Status { kind, source })?;
+        // By way of its type, as clients expect its order of keys.
+        let status: mem::Status = serde_json::from_value(status).expect("the device's own status");
+        Ok(reply(&status))
     }
 
     fn patch_device(&mut self, kind: DeviceKind, id: &str, patch: Value) -> Result<Reply, ControlError> {
