@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # `make test`: unit tests anywhere, life-cycle tests (tests/tests/*.rs) on any /dev/kvm, and guest tests
 # (tests/tests/guest_*.rs), which boot Linux: on this machine if its CPU has vmx or svm, else in the lab (tests/lab).
+# Between them, tests/openapi holds the binary against resources/openapi.yaml.
 # Everything needs root, for network taps. Fails if no guest booted.
 #
-# usage: run-tests.sh [--unit | --life-cycle | --guest] [FILTER...]   (default: all three; FILTER: part of a test's name)
+# usage: run-tests.sh [--unit | --life-cycle | --openapi | --guest] [FILTER...]
+#   (default: all parts; FILTER: part of a test's name)
 # environment: MAYFLY_TEST_THREADS   guest tests at a time (default 2)
 # The output of the last run is kept in build/tests.
 set -euo pipefail
@@ -70,6 +72,14 @@ life_cycle_tests() {
     fi
 }
 
+openapi_tests() {
+    local filter='' code=0
+    ((${#filters[@]} == 0)) || filter=$(printf ' or %s' "${filters[@]}")
+    tests/openapi/run.sh -k "${filter# or }" || code=$?
+    # 5: no test has such a name.
+    ((code == 0 || (code == 5 && ${#filters[@]} > 0)))
+}
+
 guest_tests() {
     resources/guest/build.sh || return
     list_tests "${guest[@]}" >"$LOGS/pending"
@@ -102,6 +112,15 @@ verdicts() {
         /^test: [a-z_]+-[0-9a-f]+$/ { program = $2 }
         $1 == "Running" { program = $NF; gsub(/.*\/|[()]/, "", program) }
         /^test .* \.\.\. (ok|FAILED)$/ { verdict[program " " $2] = $NF }
+        # pytest: a file, its test, a verdict, a percentage
+        match($0, /^tests\/.*\.py::.* (PASSED|FAILED|ERROR) /) {
+            name = substr($0, 1, RLENGTH)
+            result = name ~ / PASSED $/ ? "ok" : "FAILED"
+            sub(/ [A-Z]+ $/, "", name)
+            gsub(/ /, "_", name)
+            sub(/::/, "-0 ", name)
+            verdict[name] = result
+        }
         END { for (test in verdict) print test, verdict[test] }' | sort
 }
 
@@ -127,10 +146,10 @@ summary() {
 }
 
 main() {
-    local parts='unit life-cycle guest' filters=() failed=() life_cycle=() guest=() program list
+    local parts='unit life-cycle openapi guest' filters=() failed=() life_cycle=() guest=() program list
     case ${1:-} in
         --listed) run_listed "$2" <"$LOGS/pending" && exit || exit 1 ;;
-        --unit | --life-cycle | --guest) parts=${1#--} && shift ;;
+        --unit | --life-cycle | --openapi | --guest) parts=${1#--} && shift ;;
         -h | --help) usage && exit ;;
         -*) die "unknown option $1 (try --help)" ;;
     esac
@@ -143,14 +162,17 @@ main() {
     if [[ $parts != unit ]]; then
         say "building the release binaries"
         cargo build --release --locked
+    fi
+    if [[ $parts == *life-cycle* || $parts == *guest* ]]; then
         say "building the test programs"
         list=$(build_tests)
         for program in $list; do
             if [[ ${program##*/} == guest_* ]]; then guest+=("$program"); else life_cycle+=("$program"); fi
         done
-        [[ $parts != *life-cycle* ]] || recorded life-cycle life_cycle_tests
-        [[ $parts != *guest* ]] || recorded guest guest_tests
     fi
+    [[ $parts != *life-cycle* ]] || recorded life-cycle life_cycle_tests
+    [[ $parts != *openapi* ]] || recorded openapi openapi_tests
+    [[ $parts != *guest* ]] || recorded guest guest_tests
     summary
 }
 

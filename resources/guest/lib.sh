@@ -22,12 +22,35 @@ require_tools() {
     for spec in "$@"; do
         PATH=$PATH:/usr/sbin:/sbin command -v "${spec%%:*}" >/dev/null || missing+=("${spec##*:}")
     done
-    ((${#missing[@]})) || return 0
-    ((EUID == 0)) || die "missing Debian packages: ${missing[*]} (as root: apt-get install ${missing[*]})"
-    say "installing Debian packages: ${missing[*]}"
+    ((${#missing[@]} == 0)) || install_packages "${missing[@]}"
+}
+
+# install_packages PACKAGE...
+install_packages() {
+    ((EUID == 0)) || die "missing Debian packages: $* (as root: apt-get install $*)"
+    say "installing Debian packages: $*"
     apt update || die "apt-get update failed: is the Debian package mirror reachable?"
-    DEBIAN_FRONTEND=noninteractive apt install -y --no-install-recommends "${missing[@]}" ||
-        die "cannot install ${missing[*]}"
+    DEBIAN_FRONTEND=noninteractive apt install -y --no-install-recommends "$@" || die "cannot install $*"
+}
+
+# python_environment REQUIREMENTS: makes a virtual environment with the packages that the file pins, unless it is
+# there, and prints its folder.
+python_environment() {
+    local folder stamp
+    require_tools python3:python3
+    python3 -c 'import ensurepip, venv' 2>/dev/null || install_packages python3-venv
+    stamp=$(python3 --version && cat "$1")
+    folder=$PWD/build/python/$(sha256sum <<<"$stamp" | cut -c -16)
+    if [[ ! -e $folder/complete ]]; then
+        say "making a Python environment of $1"
+        rm -rf "$folder"
+        python3 -m venv "$folder"
+        "$folder/bin/pip" install --quiet --disable-pip-version-check --no-deps -r "$1" >&2 ||
+            die "cannot install the packages of $1: is the Python package index reachable?"
+        "$folder/bin/pip" check --quiet >&2 || die "$1 does not name all packages that it needs"
+        touch "$folder/complete"
+    fi
+    echo "$folder"
 }
 
 # package_field PACKAGE FIELD: a field of the version that apt would install; fails if apt does not know the package.
