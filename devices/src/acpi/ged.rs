@@ -40,9 +40,13 @@ const WAKE_STATUS: u8 = 1 << 7;
 pub enum Event {
     /// The power button was pressed: shut down.
     PowerButton = 1 << 0,
+    /// A PCI slot has news, see [`super::pci_hotplug`].
+    PciHotplug = 1 << 1,
 }
 
 impl Event {
+    const ALL: u32 = Self::PowerButton.bit() | Self::PciHotplug.bit();
+
     /// The event's bit among the pending events.
     pub const fn bit(self) -> u32 {
         self as u32
@@ -123,7 +127,7 @@ impl Ged {
     pub fn load(&mut self, state: State) -> Result<(), InvalidState> {
         let check = |valid, field, value| InvalidState::unless(valid, "ACPI event device", field, value);
         check(
-            state.pending & !Event::PowerButton.bit() == 0,
+            state.pending & !Event::ALL == 0,
             "pending",
             state.pending,
         )?;

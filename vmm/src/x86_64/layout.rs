@@ -100,6 +100,10 @@ pub const RTC_GSI: u32 = 8;
 
 /// ACPI generic event device: a 32-bit register of pending events ([`GED_POWER_BUTTON`]...); reading clears it.
 pub const GED_PORT: u16 = 0x600;
+/// Bit of the GED register: the PCI hotplug registers have news.
+pub const GED_PCI_HOTPLUG: u32 = 1 << 1;
+/// PCI hotplug registers, 32 bits each with a bit per slot: filled slots, slots to be emptied, ejected slots.
+pub const PCI_HOTPLUG_PORT: u16 = 0x610;
 /// The GED's interrupt line, edge-triggered.
 pub const GED_GSI: u32 = 9;
 /// Bit of the GED register: the power button was pressed.
