@@ -81,6 +81,15 @@ impl DeviceConfig {
         }
     }
 
+    /// Whether the guest boots from it.
+    pub fn is_root(&self) -> bool {
+        match self {
+            Self::Block(config) => config.is_root_device,
+            Self::Pmem(config) => config.root_device,
+            _ => false,
+        }
+    }
+
     /// The id under which users know the device; it is unique among devices of its kind.
     pub fn id(&self) -> &str {
         match self {

@@ -8,15 +8,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
+use devices::virtio::DeviceKind;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::api::{self, Action, Call};
-use crate::controller::Controller;
+use crate::api::{self, Action, Call, Reply, Rest};
+use crate::controller::{ControlError, Controller};
 use crate::events::Event;
 use crate::signals::Termination;
 use crate::terminal;
+use crate::unplug::Unplugs;
 use crate::vcpu::Ended;
 
 /// How often a metrics line is due.
@@ -66,9 +68,11 @@ enum Source {
     Console,
     ConsoleRoom,
     Metrics,
+    Ejection,
+    UnplugTimer,
 }
 
-const SOURCES: [Source; 8] = [
+const SOURCES: [Source; 10] = [
     Source::Requests,
     Source::Signal,
     Source::VcpuEnded,
@@ -77,6 +81,8 @@ const SOURCES: [Source; 8] = [
     Source::Console,
     Source::ConsoleRoom,
     Source::Metrics,
+    Source::Ejection,
+    Source::UnplugTimer,
 ];
 
 /// The loop.
@@ -90,6 +96,7 @@ pub struct ControlLoop {
     /// Set once the machine's descriptors are watched.
     machine_watched: bool,
     timer_armed: bool,
+    unplugs: Unplugs,
     /// Standard input, once it is the console's.
     stdin: Option<File>,
     /// Input that the serial port had no room for.
@@ -114,12 +121,14 @@ impl ControlLoop {
             timer: TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?,
             machine_watched: false,
             timer_armed: false,
+            unplugs: Unplugs::new()?,
             stdin: None,
             unread: Vec::new(),
         };
         this.watch(this.wake.as_raw_fd(), Source::Requests)?;
         this.watch(this.termination.as_raw_fd(), Source::Signal)?;
         this.watch(this.timer.as_raw_fd(), Source::Metrics)?;
+        this.watch(this.unplugs.timer(), Source::UnplugTimer)?;
         Ok((this, inbox))
     }
 
@@ -168,6 +177,11 @@ impl ControlLoop {
                 let _ = self.timer.wait();
                 self.write_metrics();
             }
+            Source::Ejection => {
+                let gone = self.controller.take_ejected();
+                self.answer_unplugs(&gone);
+            }
+            Source::UnplugTimer => self.expire_unplugs(),
         }
         None
     }
@@ -181,10 +195,36 @@ impl ControlLoop {
     fn serve_requests(&mut self) {
         let _ = self.wake.read();
         while let Ok(Request { action, call }) = self.requests.try_recv() {
+            let gone = match &action {
+                Action::DeleteDevice { kind, id, .. } => Some((*kind, id.clone())),
+                _ => None,
+            };
             let result = self.controller.handle(action);
-            if let Some(stream) = api::answer(call, result) {
-                self.controller.subscribe(stream);
+            let done = matches!(result, Ok(Reply::Done));
+            match api::answer(call, result) {
+                Rest::Answered => {}
+                Rest::Stream(stream) => self.controller.subscribe(stream),
+                Rest::Wait(unplug, call) => self.unplugs.add(unplug, call),
             }
+            // Others may be waiting for a device that was taken away now.
+            if let (true, Some(gone)) = (done, gone) {
+                self.answer_unplugs(&[gone]);
+            }
+        }
+    }
+
+    /// Answers all who wait for these devices to go.
+    fn answer_unplugs(&mut self, gone: &[(DeviceKind, String)]) {
+        for (kind, id) in gone {
+            for call in self.unplugs.finish(*kind, id) {
+                api::answer::<ControlError>(call, Ok(Reply::Done));
+            }
+        }
+    }
+
+    fn expire_unplugs(&mut self) {
+        for (unplug, call) in self.unplugs.expired() {
+            api::answer(call, self.controller.expire(&unplug));
         }
     }
 
@@ -212,6 +252,9 @@ impl ControlLoop {
         ];
         for (fd, source) in sources {
             self.watch(fd, source)?;
+        }
+        if let Some(fd) = events.ejection {
+            self.watch(fd, Source::Ejection)?;
         }
         self.machine_watched = true;
         self.connect_console()

@@ -34,6 +34,20 @@ pub enum Event<'a> {
     Paused,
     /// The guest goes on.
     Resumed,
+    /// A device was attached to the running machine.
+    DeviceAttached {
+        /// Its kind.
+        kind: &'a str,
+        /// Its id.
+        id: &'a str,
+    },
+    /// A device is gone.
+    DeviceDetached {
+        /// Its kind.
+        kind: &'a str,
+        /// Its id.
+        id: &'a str,
+    },
     /// A device was changed over the API.
     DeviceUpdated {
         /// Its kind.

@@ -125,6 +125,11 @@ impl Legacy {
         lock(&self.i8042).trigger_ctrl_alt_del()
     }
 
+    /// The event device.
+    pub fn event_device(&self) -> Arc<Mutex<Ged>> {
+        Arc::clone(&self.ged)
+    }
+
     /// Presses the guest's power button.
     pub fn power_button(&self) -> io::Result<()> {
         lock(&self.ged).raise(ged::Event::PowerButton)

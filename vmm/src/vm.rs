@@ -6,15 +6,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::SharedMemory;
 use devices::bus::{Bus, BusError};
+use devices::catalog::DeviceConfig;
 use devices::legacy::i8042::CtrlAltDelError;
 use devices::virtio::DeviceKind;
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError};
-use crate::config::VmConfig;
+use crate::config::{ConfigError, VmConfig};
 use crate::device_memory::DeviceMemory;
-use crate::device_set::{DeviceSet, DeviceSetError, Platform};
+use crate::device_set::{DeviceSet, DeviceSetError, Platform, WiringError};
 use crate::event_loop::IoLoop;
 use crate::events::EventBus;
 use crate::kvm::{self, KvmError};
@@ -46,6 +47,9 @@ pub enum VmError {
     /// Virtio devices.
     #[error(transparent)]
     Devices(#[from] DeviceSetError),
+    /// What virtio devices are connected to.
+    #[error(transparent)]
+    Wiring(#[from] WiringError),
     /// An address map.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -60,6 +64,20 @@ pub enum VmError {
     /// The keyboard.
     #[error(transparent)]
     CtrlAltDel(#[from] CtrlAltDelError),
+}
+
+/// Why a device cannot be plugged into a running machine; nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum HotplugError {
+    /// It contradicts the rest of the config.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A guest finds its root device when it boots.
+    #[error("device '{0}' cannot become the root device of a running machine")]
+    Root(String),
+    /// It cannot be made or connected.
+    #[error(transparent)]
+    Device(#[from] DeviceSetError),
 }
 
 /// How machines are built, beyond their config.
@@ -83,6 +101,8 @@ pub struct Events {
     pub power_off: RawFd,
     /// The serial port can take input again.
     pub console_room: RawFd,
+    /// The guest has let go of a device; none where devices cannot go.
+    pub ejection: Option<RawFd>,
 }
 
 /// What is remembered while the machine is paused, so that the guest's clocks stand still.
@@ -134,6 +154,7 @@ impl Vm {
             device_memory: DeviceMemory::new(Arc::clone(&vm), memory.clone(), free),
             host: Arc::new(io_loop),
             events: settings.events.clone(),
+            ged: legacy.event_device(),
         };
         let mut devices = DeviceSet::new(platform, &pio, pci)?;
         for device in config.devices() {
@@ -225,6 +246,54 @@ impl Vm {
         Ok(())
     }
 
+    /// Plugs a device into the running machine and tells the guest.
+    pub fn hotplug(&mut self, device: DeviceConfig) -> Result<(), HotplugError> {
+        let mut config = self.config.clone();
+        config.put_device(device.clone())?;
+        if device.is_root() {
+            return Err(HotplugError::Root(device.id().into()));
+        }
+        self.devices.hotplug(device)?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// Asks the guest to let go of a device, for [`Vm::take_ejected`] to tell.
+    pub fn ask_to_release(&mut self, kind: DeviceKind, id: &str) -> Result<(), DeviceSetError> {
+        self.check_removable(kind, id)?;
+        self.devices.ask_to_release(kind, id)
+    }
+
+    /// Keeps a device that the guest has not let go of.
+    pub fn keep(&mut self, kind: DeviceKind, id: &str) -> Result<(), DeviceSetError> {
+        self.devices.keep(kind, id)
+    }
+
+    /// Takes a device away from the guest without asking.
+    pub fn take_away(&mut self, kind: DeviceKind, id: &str) -> Result<(), DeviceSetError> {
+        self.check_removable(kind, id)?;
+        self.devices.take_away(kind, id)?;
+        self.config.remove_device(kind, id);
+        Ok(())
+    }
+
+    /// Unplugs the devices that the guest has let go of; gives their names.
+    pub fn take_ejected(&mut self) -> Vec<(DeviceKind, String)> {
+        let ejected = self.devices.take_ejected();
+        for (kind, id) in &ejected {
+            self.config.remove_device(*kind, id);
+        }
+        ejected
+    }
+
+    fn check_removable(&self, kind: DeviceKind, id: &str) -> Result<(), DeviceSetError> {
+        match self.config.device(kind, id) {
+            None => Err(DeviceSetError::NotFound(id.into())),
+            Some(device) if device.is_root() => Err(DeviceSetError::Root(id.into())),
+            Some(_) => Ok(()),
+        }
+    }
+
     /// Changes a device while the guest uses it, wholly or not at all.
     pub fn patch_device(&mut self, kind: DeviceKind, id: &str, patch: Value) -> Result<(), DeviceSetError> {
         let config = self.config.device(kind, id);
@@ -275,6 +344,7 @@ impl Vm {
             reset: self.legacy.reset_event(),
             power_off: self.legacy.power_off_event(),
             console_room: self.legacy.console_room_event(),
+            ejection: self.devices.ejection_event(),
         }
     }
 

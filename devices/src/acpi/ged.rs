@@ -126,11 +126,7 @@ impl Ged {
     /// Fails, and changes nothing, when `state` is not one that the device can be in.
     pub fn load(&mut self, state: State) -> Result<(), InvalidState> {
         let check = |valid, field, value| InvalidState::unless(valid, "ACPI event device", field, value);
-        check(
-            state.pending & !Event::ALL == 0,
-            "pending",
-            state.pending,
-        )?;
+        check(state.pending & !Event::ALL == 0, "pending", state.pending)?;
         let control = state.sleep_control;
         check(control & !SLEEP_TYPE_BITS == 0, "sleep_control", control.into())?;
         let status = state.sleep_status;

@@ -18,6 +18,7 @@ use crate::config::{
     BootSource, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
 };
 use crate::events::CONTENT_TYPE;
+use crate::unplug::{Unplug, UnplugConfig};
 
 pub use call::Call;
 pub use error::RouteError;
@@ -43,6 +44,12 @@ pub enum Action {
         patch: Value,
     },
     GetMemoryHotplug,
+    DeleteDevice {
+        kind: DeviceKind,
+        id: String,
+        /// None without a body.
+        unplug: Option<UnplugConfig>,
+    },
     PutSerial(SerialConfig),
     PutLogger(LoggerConfig),
     PutMetrics(MetricsConfig),
@@ -65,6 +72,8 @@ pub enum Reply {
     Text(&'static str, String),
     /// The stream of events.
     Events,
+    /// The guest was asked to let go of a device; the answer comes when it has, or its time is over.
+    Later(Unplug),
 }
 
 /// A routed request.
@@ -125,6 +134,9 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Patch, "drives") => patch_drive(id, body)?,
         (Method::Put, "network-interfaces") => put_net(id, body)?,
         (Method::Patch, "network-interfaces") => patch_net(id, body)?,
+        (Method::Delete, "drives") => delete_device(DeviceKind::Block, id, body)?,
+        (Method::Delete, "network-interfaces") => delete_device(DeviceKind::Net, id, body)?,
+        (Method::Delete, "pmem") => delete_device(DeviceKind::Pmem, id, body)?,
         (Method::Put, "pmem") => put_pmem(id, body)?,
         (Method::Patch, "pmem") => patch_pmem(id, body)?,
         (Method::Get, "hotplug") if id == Some("memory") => Action::GetMemoryHotplug,
@@ -140,10 +152,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
             VmState::Paused => Action::Pause,
             VmState::Resumed => Action::Resume,
         },
-        (method, path)
-            if UNSUPPORTED.contains(&path)
-                || (method == Method::Delete && matches!(path, "drives" | "pmem")) =>
-        {
+        (method, path) if UNSUPPORTED.contains(&path) => {
             return Err(RouteError::Unsupported {
                 method,
                 path: path.into(),
@@ -167,7 +176,9 @@ fn checked_body(request: &Request) -> Result<&[u8], RouteError> {
     let body = request.body.as_deref().unwrap_or_default();
     match (request.method, body.is_empty()) {
         (Method::Get, false) => Err(RouteError::Body("GET request cannot have a body.")),
-        (Method::Delete, false) => Err(RouteError::Body("Empty Delete request.")),
+        (Method::Delete, false) if !can_be_unplugged(&request.path) => {
+            Err(RouteError::Body("Empty Delete request."))
+        }
         (Method::Put, true) => Err(RouteError::Body("Empty PUT request.")),
         (Method::Patch, true) => Err(RouteError::Body("Empty PATCH request.")),
         _ => Ok(body),
@@ -201,6 +212,18 @@ fn patch_machine_config(body: &[u8]) -> Result<Routed, RouteError> {
 
 fn put_device(device: DeviceConfig) -> Action {
     Action::PutDevice(Box::new(device))
+}
+
+/// Whether a `DELETE` of this path may have a body.
+fn can_be_unplugged(path: &str) -> bool {
+    let resource = path.trim_start_matches('/').split('/').next();
+    matches!(resource, Some("drives" | "network-interfaces" | "pmem"))
+}
+
+fn delete_device(kind: DeviceKind, id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
+    let id = checked_id(id)?.to_owned();
+    let unplug = (!body.is_empty()).then(|| json(body)).transpose()?;
+    Ok(Action::DeleteDevice { kind, id, unplug })
 }
 
 fn put_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
@@ -308,15 +331,26 @@ fn action(body: ActionBody) -> Action {
     }
 }
 
-/// Answers what was carried out, or not; returns the stream if the answer is one.
-pub fn answer<E: std::error::Error>(call: Call, result: Result<Reply, E>) -> Option<Stream> {
+/// What is left to do about a request.
+pub enum Rest {
+    /// Nothing.
+    Answered,
+    /// The client listens to events.
+    Stream(Stream),
+    /// The client waits for a device to go.
+    Wait(Unplug, Call),
+}
+
+/// Answers what was carried out, or not, if that can be done now.
+pub fn answer<E: std::error::Error>(call: Call, result: Result<Reply, E>) -> Rest {
     let response = match result {
         Ok(Reply::Done) => Response::no_content(),
         Ok(Reply::Json(body)) => Response::json(body),
         Ok(Reply::Text(kind, body)) => Response::with_content_type(kind, body),
-        Ok(Reply::Events) => return Some(call.stream(CONTENT_TYPE)),
+        Ok(Reply::Events) => return Rest::Stream(call.stream(CONTENT_TYPE)),
+        Ok(Reply::Later(unplug)) => return Rest::Wait(unplug, call),
         Err(error) => Response::fault(400, &crate::error::chain(&error)),
     };
     call.answer(response);
-    None
+    Rest::Answered
 }

@@ -173,6 +173,17 @@ impl VmConfig {
         devices.find(|device| device.kind() == kind && device.id() == id)
     }
 
+    /// Forgets a virtio device that can come and go.
+    pub fn remove_device(&mut self, kind: DeviceKind, id: &str) {
+        match kind {
+            DeviceKind::Block => self.drives.retain(|drive| drive.drive_id != id),
+            DeviceKind::Net => self.network_interfaces.retain(|net| net.iface_id != id),
+            DeviceKind::Pmem => self.pmem.retain(|pmem| pmem.id != id),
+            // The others stay as long as the machine.
+            _ => {}
+        }
+    }
+
     /// Adds a virtio device, or replaces the one of its kind with its id.
     pub fn put_device(&mut self, device: DeviceConfig) -> Result<(), ConfigError> {
         match device {

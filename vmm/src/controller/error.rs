@@ -10,7 +10,7 @@ use crate::boot::image::ImageError;
 use crate::config::ConfigError;
 use crate::device_set::DeviceSetError;
 use crate::events::MAX_SUBSCRIBERS;
-use crate::vm::VmError;
+use crate::vm::{HotplugError, VmError};
 
 /// Why an action was refused; nothing changed.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +46,22 @@ pub enum ControlError {
     /// There is no such device.
     #[error("{} status error", section(*kind))]
     Status {
+        /// What it is.
+        kind: DeviceKind,
+        /// Why.
+        source: DeviceSetError,
+    },
+    /// A device cannot be attached to the running machine.
+    #[error("{} config error", section(*kind))]
+    Hotplug {
+        /// What it is.
+        kind: DeviceKind,
+        /// Why.
+        source: HotplugError,
+    },
+    /// A device cannot be detached, or there is no such device.
+    #[error("{} config error", section(*kind))]
+    Unplug {
         /// What it is.
         kind: DeviceKind,
         /// Why.

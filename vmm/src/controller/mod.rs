@@ -17,10 +17,12 @@ use serde_json::{Value, json};
 use crate::api::{Action, Reply, RequestMetrics};
 use crate::boot::image::{Image, ImageKind};
 use crate::config::{LoggerConfig, MachineConfig, SerialConfig, VmConfig};
+use crate::device_set::DeviceSetError;
 use crate::events::Event;
 use crate::logger::LOGGER;
 use crate::metrics::MetricsSink;
 use crate::metrics::prometheus::CONTENT_TYPE;
+use crate::unplug::{Otherwise, Unplug, UnplugConfig};
 use crate::vm::{Settings, Vm, VmError};
 
 use observe::Latencies;
@@ -99,7 +101,11 @@ impl Controller {
                 Ok(Reply::Done)
             }
             Action::GetMemoryHotplug => self.memory_hotplug(),
-            Action::PutDevice(device) => self.put_device(*device),
+            Action::PutDevice(device) => match &self.state {
+                State::Running(_) if can_come_and_go(device.kind()) => self.hotplug(*device),
+                _ => self.put_device(*device),
+            },
+            Action::DeleteDevice { kind, id, unplug } => self.unplug(kind, &id, unplug),
             Action::PatchDevice { kind, id, patch } => self.patch_device(kind, &id, patch),
             Action::PutSerial(serial) => self.put_serial(serial),
             Action::PutLogger(logger) => {
@@ -212,6 +218,67 @@ impl Controller {
         Ok(Reply::Done)
     }
 
+    fn hotplug(&mut self, device: DeviceConfig) -> Result<Reply, ControlError> {
+        let (kind, id) = (device.kind(), device.id().to_owned());
+        let plugged = self.vm()?.hotplug(device);
+        plugged.map_err(|source| ControlError::Hotplug { kind, source })?;
+        let (kind, id) = (kind.name(), id.as_str());
+        self.events().publish(&Event::DeviceAttached { kind, id });
+        Ok(Reply::Done)
+    }
+
+    /// Detaches a device now, or asks the guest to let go of it. Clients that send no body know nothing of guests that
+    /// do not let go, so their device goes in any case.
+    fn unplug(
+        &mut self,
+        kind: DeviceKind,
+        id: &str,
+        unplug: Option<UnplugConfig>,
+    ) -> Result<Reply, ControlError> {
+        let UnplugConfig { timeout_ms, force } = unplug.unwrap_or_default();
+        if force {
+            self.take_away(kind, id)?;
+            return Ok(Reply::Done);
+        }
+        let asked = self.vm()?.ask_to_release(kind, id);
+        asked.map_err(|source| ControlError::Unplug { kind, source })?;
+        let otherwise = match unplug {
+            Some(_) => Otherwise::Keep,
+            None => Otherwise::TakeAway,
+        };
+        Ok(Reply::Later(Unplug::new(kind, id, timeout_ms, otherwise)))
+    }
+
+    /// Detaches the devices that the guest has let go of; gives their names.
+    pub fn take_ejected(&mut self) -> Vec<(DeviceKind, String)> {
+        let ejected = self.running().map(Vm::take_ejected).unwrap_or_default();
+        for (kind, id) in &ejected {
+            let kind = kind.name();
+            self.events().publish(&Event::DeviceDetached { kind, id });
+        }
+        ejected
+    }
+
+    /// Does with a device what is to be done when the guest has not let go of it in time.
+    pub fn expire(&mut self, unplug: &Unplug) -> Result<Reply, ControlError> {
+        let Unplug { kind, id, .. } = unplug;
+        let kind = *kind;
+        if unplug.otherwise == Otherwise::TakeAway {
+            return self.take_away(kind, id).map(|()| Reply::Done);
+        }
+        let kept = self.vm()?.keep(kind, id);
+        let kept = kept.and_then(|()| Err(DeviceSetError::NotReleased(id.clone())));
+        kept.map_err(|source| ControlError::Unplug { kind, source })
+    }
+
+    fn take_away(&mut self, kind: DeviceKind, id: &str) -> Result<(), ControlError> {
+        let taken = self.vm()?.take_away(kind, id);
+        taken.map_err(|source| ControlError::Unplug { kind, source })?;
+        let kind = kind.name();
+        self.events().publish(&Event::DeviceDetached { kind, id });
+        Ok(())
+    }
+
     fn put_serial(&mut self, serial: SerialConfig) -> Result<Reply, ControlError> {
         let config = self.config()?;
         if let Some(path) = &serial.serial_out_path {
@@ -282,6 +349,11 @@ impl Controller {
         self.latencies.vmm_resume_vm = self.latencies.resume_vm;
         Ok(Reply::Done)
     }
+}
+
+/// Whether devices of this kind can be attached to and detached from a running machine.
+fn can_come_and_go(kind: DeviceKind) -> bool {
+    matches!(kind, DeviceKind::Block | DeviceKind::Net | DeviceKind::Pmem)
 }
 
 fn done(result: Result<(), VmError>) -> Result<Reply, ControlError> {

@@ -92,6 +92,15 @@ pub struct VirtioSlot {
     half: Half,
 }
 
+/// A device that is unplugged while it runs leaves its loop.
+impl Drop for VirtioSlot {
+    fn drop(&mut self) {
+        if let Half::Running(id) = self.half {
+            drop(self.host.detach(id));
+        }
+    }
+}
+
 struct NoWatch;
 
 impl Watch for NoWatch {

@@ -1,5 +1,7 @@
 //! The DSDT: which devices there are and what the guest does on an event, as AML.
 
+mod hotplug;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry,
@@ -16,10 +18,11 @@ pub(super) fn build(machine: &AcpiMachine<'_>) -> Sdt {
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     let mut aml = Vec::new();
     legacy_devices(&mut aml);
-    power(&mut aml);
+    power(&mut aml, machine.pci);
     processors(&mut aml, machine.vcpus);
     if machine.pci {
         pci_root(&mut aml);
+        hotplug::slots(&mut aml);
     }
     for (uid, (base, gsi)) in machine.mmio_devices.iter().enumerate() {
         virtio_mmio(&mut aml, uid, *base, *gsi);
@@ -88,8 +91,8 @@ fn legacy_devices(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// The power button, the event device that tells of it, and the way off.
-fn power(aml: &mut Vec<u8>) {
+/// The power button, the event device that tells of it and of PCI slots, and the way off.
+fn power(aml: &mut Vec<u8>, pci: bool) {
     let (s5, port) = (layout::SLEEP_TYPE_S5, layout::GED_PORT);
     name("_S5_", &Package::new(vec![&s5, &ZERO, &ZERO, &ZERO])).to_aml_bytes(aml);
     let interrupt = isa_interrupt(layout::GED_GSI);
@@ -99,6 +102,17 @@ fn power(aml: &mut Vec<u8>) {
     let target = path("\\_SB_.PWRB");
     let notify = Notify::new(&target, &pressed);
     let is_pressed = Equal::new(&Local(1), &button);
+    let (store, and) = (
+        Store::new(&Local(0), &events),
+        And::new(&Local(1), &Local(0), &button),
+    );
+    let on_pressed = If::new(&is_pressed, vec![&notify]);
+    let on_hotplug = hotplug::on_event(&Local(0));
+    // Reading clears the register, so it is read once.
+    let mut on_event: Vec<&dyn Aml> = vec![&store, &and, &on_pressed];
+    if pci {
+        on_event.push(&on_hotplug);
+    }
     Scope::new(
         path("_SB_"),
         vec![
@@ -120,17 +134,7 @@ fn power(aml: &mut Vec<u8>) {
                         FieldUpdateRule::WriteAsZeroes,
                         pending.to_vec(),
                     ),
-                    // Reading clears the register, so it is read once.
-                    &Method::new(
-                        path("_EVT"),
-                        1,
-                        true,
-                        vec![
-                            &Store::new(&Local(0), &events),
-                            &And::new(&Local(1), &Local(0), &button),
-                            &If::new(&is_pressed, vec![&notify]),
-                        ],
-                    ),
+                    &Method::new(path("_EVT"), 1, true, on_event),
                 ],
             ),
         ],

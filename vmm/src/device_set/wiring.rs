@@ -3,9 +3,9 @@
 //! vCPU threads get here when the guest moves a BAR or programs an interrupt; the data path does not, except for a
 //! guest that uses interrupt lines instead of MSI-X.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use devices::bus::{Bus, BusDevice, SharedDevice};
 use devices::pci::{BarMapper, IntxLine, MsiMessage, MsiRouter};
@@ -23,6 +23,8 @@ pub(crate) struct Bars {
     pio: Weak<Bus>,
     vm: Arc<kvm::Vm>,
     slots: Mutex<BTreeMap<u8, Registers>>,
+    /// Where BARs were whose devices were taken away under the guest's hands.
+    graves: Mutex<BTreeSet<u64>>,
 }
 
 /// The registers behind a BAR, and what a write to each queue's notification address signals.
@@ -35,15 +37,39 @@ struct Registers {
 impl Bars {
     /// No BARs yet.
     pub(crate) fn new(mmio: &Arc<Bus>, pio: &Arc<Bus>, vm: Arc<kvm::Vm>) -> Self {
-        let slots = Mutex::default();
         let (mmio, pio) = (Arc::downgrade(mmio), Arc::downgrade(pio));
-        Self { mmio, pio, vm, slots }
+        Self {
+            mmio,
+            pio,
+            vm,
+            slots: Mutex::default(),
+            graves: Mutex::default(),
+        }
     }
 
     /// Makes a slot's registers known; they are mapped when the guest enables them.
     pub(crate) fn add(&self, slot: u8, device: SharedDevice, kicks: Vec<Arc<EventFd>>) {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         slots.insert(slot, Registers { device, kicks });
+    }
+
+    /// Forgets a slot's registers, which are mapped no more.
+    pub(crate) fn remove(&self, slot: u8) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.remove(&slot);
+    }
+
+    /// Answers with zeros at `at`, where a BAR was whose device was taken away. A driver that resets its device waits
+    /// for a status of zero, without end, and what is not there reads as ones. Ends when another BAR comes there.
+    pub(crate) fn bury(&self, at: u64) {
+        let grave: SharedDevice = Arc::new(Mutex::new(Grave));
+        if bus(&self.mmio).is_ok_and(|mmio| mmio.insert(at, BAR_LEN, grave).is_ok()) {
+            self.graves().insert(at);
+        }
+    }
+
+    fn graves(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.graves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn registers(&self, slot: u8) -> io::Result<Registers> {
@@ -59,8 +85,12 @@ impl Bars {
         if at < window.start || at > window.end - BAR_LEN {
             return Err(outside_window());
         }
-        bus(&self.mmio)?
-            .insert(at, BAR_LEN, Arc::clone(&registers.device))
+        let mmio = bus(&self.mmio)?;
+        // All BARs have this size, so a grave in the way is exactly there.
+        if self.graves().remove(&at) {
+            mmio.remove(at);
+        }
+        mmio.insert(at, BAR_LEN, Arc::clone(&registers.device))
             .map_err(io::Error::other)
     }
 
@@ -108,6 +138,17 @@ fn bus(bus: &Weak<Bus>) -> io::Result<Arc<Bus>> {
 
 fn outside_window() -> io::Error {
     io::Error::other("it is outside the window of PCI devices")
+}
+
+/// What is left of a device that was taken away: it ignores writes and reads as zero.
+struct Grave;
+
+impl BusDevice for Grave {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, _: u64, _: &[u8]) {}
 }
 
 /// The notification ports of a device, for accesses that no ioeventfd takes: reads.

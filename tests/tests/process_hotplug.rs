@@ -1,0 +1,145 @@
+//! Attaching and detaching devices of a machine whose guest knows nothing of it.
+
+use std::time::Instant;
+
+use mayfly_tests::{
+    Drive, HOST_TIMEOUT, Response, Result, Scratch, TestVm, TinyKernel, Vm, wait_until, zeros,
+};
+use serde_json::{Value, json};
+
+struct Machine {
+    vm: Vm,
+    scratch: Scratch,
+}
+
+fn machine(name: &str, customize: impl FnOnce(TestVm, &Scratch) -> Result<TestVm>) -> Result<Machine> {
+    let scratch = Scratch::new(name)?;
+    zeros(&scratch.join("disk"), 1 << 20)?;
+    let kernel = TinyKernel::new().print("up\n").halt();
+    let vm = TestVm::new(name).kernel(kernel.write(&scratch)?);
+    let vm = customize(vm, &scratch)?.start()?;
+    assert!(vm.console().wait_for("up", Instant::now() + HOST_TIMEOUT));
+    Ok(Machine { vm, scratch })
+}
+
+impl Machine {
+    fn drive(&self, id: &str) -> Value {
+        json!({"drive_id": id, "path_on_host": self.scratch.join("disk"), "is_root_device": false})
+    }
+
+    fn put(&self, id: &str) -> Result<Response> {
+        self.vm.put(&format!("/drives/{id}"), &self.drive(id))
+    }
+
+    fn delete(&self, id: &str, body: &str) -> Result<Response> {
+        self.vm.request("DELETE", &format!("/drives/{id}"), body)
+    }
+
+    fn drives(&self) -> Result<Value> {
+        Ok(self.vm.get("/vm/config")?.json()?["drives"].clone())
+    }
+
+    fn assert_refused_without_change(
+        &self,
+        request: impl FnOnce() -> Result<Response>,
+        words: &[&str],
+    ) -> Result {
+        let before = self.vm.get("/vm/config")?.json()?;
+        request()?.assert_refused(words);
+        assert_eq!(self.vm.get("/vm/config")?.json()?, before);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_let_go_keeps_its_device() -> Result {
+    let machine = machine("hotplug-keep", |vm, _| Ok(vm))?;
+    machine.put("hot")?.success()?;
+    let asked = || machine.delete("hot", r#"{"timeout_ms": 50}"#);
+    machine.assert_refused_without_change(asked, &["hot", "timeout_ms", "force"])?;
+    assert_eq!(machine.drives()?[0]["drive_id"], "hot");
+    machine.delete("hot", r#"{"force": true}"#)?.success()?;
+    assert_eq!(machine.drives()?, json!([]));
+    Ok(())
+}
+
+#[test]
+fn without_a_body_the_device_goes_in_the_end() -> Result {
+    let machine = machine("hotplug-plain", |vm, _| Ok(vm))?;
+    machine.put("hot")?.success()?;
+    machine.delete("hot", "")?.success()?;
+    assert_eq!(machine.drives()?, json!([]));
+    // Its id and its slot are free again.
+    machine.put("hot")?.success()?;
+    Ok(())
+}
+
+#[test]
+fn the_api_serves_others_while_a_guest_is_asked() -> Result {
+    let machine = machine("hotplug-wait", |vm, _| Ok(vm))?;
+    machine.put("hot")?.success()?;
+    let mut waiting = machine.vm.connect()?;
+    let body = r#"{"timeout_ms": 60000}"#;
+    let head = format!(
+        "DELETE /drives/hot HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    waiting.send(format!("{head}{body}").as_bytes())?;
+    let arrived = || machine.vm.log().contains("Delete request");
+    wait_until("the request arrives", HOST_TIMEOUT, arrived)?;
+    let second = || machine.delete("hot", r#"{"timeout_ms": 0}"#);
+    machine.assert_refused_without_change(second, &["hot", "already"])?;
+    machine.vm.get("/")?.success()?;
+    machine.delete("hot", r#"{"force": true}"#)?.success()?;
+    assert_eq!(waiting.receive()?.status, 204);
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_attached_or_detached_is_refused() -> Result {
+    let machine = machine("hotplug-bad", |vm, scratch| {
+        Ok(vm.drive(Drive::new("root", scratch.join("disk")).root()))
+    })?;
+    machine.put("hot")?.success()?;
+    machine.assert_refused_without_change(|| machine.put("hot"), &["Device ID in use", "hot"])?;
+    machine.assert_refused_without_change(|| machine.delete("none", ""), &["none"])?;
+    machine.assert_refused_without_change(|| machine.delete("root", r#"{"force": true}"#), &["root"])?;
+    let mut root = machine.drive("second");
+    root["is_root_device"] = true.into();
+    machine.assert_refused_without_change(|| machine.vm.put("/drives/second", &root), &["second", "root"])?;
+    let mut missing = machine.drive("gone");
+    missing["path_on_host"] = "/nonexistent/disk".into();
+    machine.assert_refused_without_change(
+        || machine.vm.put("/drives/gone", &missing),
+        &["/nonexistent/disk"],
+    )?;
+    for body in [r#"{"timeout_ms": -1}"#, r#"{"x": 1}"#, "{", r#"{"force": "yes"}"#] {
+        machine.assert_refused_without_change(|| machine.delete("hot", body), &["json"])?;
+    }
+    let entropy = || machine.vm.request("DELETE", "/entropy", "");
+    machine.assert_refused_without_change(entropy, &["Invalid request method"])
+}
+
+#[test]
+fn without_pci_nothing_comes_or_goes() -> Result {
+    let machine = machine("hotplug-mmio", |vm, scratch| {
+        Ok(vm.mmio().drive(Drive::new("data", scratch.join("disk"))))
+    })?;
+    machine.assert_refused_without_change(|| machine.put("hot"), &["PCI is not enabled"])?;
+    machine.assert_refused_without_change(|| machine.delete("data", ""), &["PCI is not enabled"])
+}
+
+#[test]
+fn hundreds_of_devices_may_come_and_go() -> Result {
+    let machine = machine("hotplug-cycles", |vm, _| Ok(vm))?;
+    let descriptors =
+        || -> Result<usize> { Ok(std::fs::read_dir(format!("/proc/{}/fd", machine.vm.pid()))?.count()) };
+    machine.put("keep")?.success()?;
+    let before = descriptors()?;
+    for _ in 0..300 {
+        machine.put("hot")?.success()?;
+        machine.delete("hot", r#"{"force": true}"#)?.success()?;
+    }
+    assert_eq!(descriptors()?, before);
+    Ok(())
+}
