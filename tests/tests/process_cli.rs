@@ -40,6 +40,7 @@ fn help_names_every_option() -> Result {
     let options = [
         "api-sock",
         "boot-timer",
+        "check-config",
         "config-file",
         "enable-pci",
         "help",

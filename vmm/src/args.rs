@@ -23,6 +23,7 @@ Usage: mayfly [OPTIONS]            (both `--option value` and `--option=value` w
 
   --api-sock PATH                  listen for API requests on this unix socket [/run/firecracker.socket]
   --config-file PATH               build and boot the VM from this JSON file
+  --check-config PATH              check a config file without starting anything: exit code 0 or 1
   --no-api                         run without an API socket (needs --config-file)
   --id ID                          name of the instance, 1 to 64 letters, digits and '-' [anonymous-instance]
   --no-pci                         virtio devices on MMIO instead of PCI
@@ -51,6 +52,8 @@ Usage: mayfly [OPTIONS]            (both `--option value` and `--option=value` w
 pub enum Command {
     /// Be a VM.
     Run(Box<Args>),
+    /// Check a config file for a VM that would be started so.
+    Check(PathBuf, Box<Args>),
     /// Print the help text.
     Help,
     /// Print the version.
@@ -108,8 +111,9 @@ pub enum ArgsError {
 }
 
 /// All options with a value, and all without.
-const VALUED: [&str; 15] = [
+const VALUED: [&str; 16] = [
     "api-sock",
+    "check-config",
     "config-file",
     "id",
     "http-api-max-payload-size",
@@ -202,7 +206,11 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command, ArgsE
         }
         options.0.push((name, value));
     }
-    Ok(Command::Run(Box::new(Args::new(&options)?)))
+    let args = Box::new(Args::new(&options)?);
+    Ok(match options.path("check-config") {
+        Some(path) => Command::Check(path, args),
+        None => Command::Run(args),
+    })
 }
 
 /// A value, which may not look like an option unless it is joined by `=`.
@@ -238,6 +246,9 @@ impl Args {
             }
         }
         let config_file = options.path("config-file");
+        if options.has("check-config") && config_file.is_some() {
+            return Err(ArgsError::Conflict("check-config", "config-file"));
+        }
         if options.has("no-api") && config_file.is_none() {
             return Err(ArgsError::Required("config-file"));
         }
@@ -360,7 +371,19 @@ mod tests {
     }
 
     #[test]
+    fn checks_a_config_file_for_the_options_beside() {
+        match run(&["--check-config", "f", "--no-pci"]).unwrap() {
+            Command::Check(path, args) => assert_eq!((path, args.pci), ("f".into(), false)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
     fn refuses_contradictions() {
+        assert_eq!(
+            run(&["--check-config", "f", "--config-file", "g"]),
+            Err(ArgsError::Conflict("check-config", "config-file"))
+        );
         assert_eq!(run(&["--no-api"]), Err(ArgsError::Required("config-file")));
         assert_eq!(
             run(&["--no-seccomp", "--seccomp-filter", "x"]),

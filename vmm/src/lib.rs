@@ -21,6 +21,7 @@ pub mod legacy;
 pub mod logger;
 pub mod memory;
 pub mod metrics;
+mod rehearsal;
 pub mod signals;
 pub mod start;
 pub mod terminal;

@@ -36,6 +36,7 @@ extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int
 fn mayfly() -> u8 {
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Run(args)) => args,
+        Ok(Command::Check(path, args)) => return check(&path, &args),
         Ok(Command::Help) => {
             print!("{}", args::HELP);
             return 0;
@@ -83,6 +84,23 @@ fn mayfly() -> u8 {
     }
 }
 
+/// Checks a config file; nothing is started, and nothing left behind.
+fn check(path: &Path, args: &Args) -> u8 {
+    let checked = config::read_config_file(path)
+        .map_err(Fatal::from)
+        .and_then(|config| controller(args, Arc::default()).check(config));
+    match checked {
+        Ok(()) => {
+            println!("The config file '{}' can be used.", path.display());
+            0
+        }
+        Err(error) => {
+            eprintln!("mayfly: {}", chain(&*error));
+            GENERIC_ERROR
+        }
+    }
+}
+
 type Fatal = Box<dyn std::error::Error>;
 
 fn run(args: &Args) -> Result<Exit, Fatal> {
@@ -125,25 +143,27 @@ fn boot_and_run(control: &mut ControlLoop, args: &Args) -> Result<Exit, Fatal> {
     Ok(control.run()?)
 }
 
-fn control_loop(
-    args: &Args,
-    termination: Termination,
-    requests: Arc<RequestMetrics>,
-) -> Result<(ControlLoop, Inbox), Fatal> {
+fn controller(args: &Args, requests: Arc<RequestMetrics>) -> Controller {
     let settings = Settings {
         pci: args.pci,
         boot_timer: args.boot_timer.then(vmm::clock::now_us),
         events: EventBus::default(),
     };
     let startup_us = (vmm::clock::since_us(args.start_time_us), vmm::clock::cpu_us(args));
-    let mut controller = Controller::new(
-        Instance {
-            id: args.id.clone(),
-            settings,
-            startup_us,
-        },
-        requests,
-    );
+    let instance = Instance {
+        id: args.id.clone(),
+        settings,
+        startup_us,
+    };
+    Controller::new(instance, requests)
+}
+
+fn control_loop(
+    args: &Args,
+    termination: Termination,
+    requests: Arc<RequestMetrics>,
+) -> Result<(ControlLoop, Inbox), Fatal> {
+    let mut controller = controller(args, requests);
     if let Some(path) = &args.metrics_path {
         controller.set_metrics(MetricsConfig {
             metrics_path: path.clone(),

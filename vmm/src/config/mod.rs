@@ -255,6 +255,18 @@ impl VmConfig {
     }
 }
 
+/// The section of a kind of device.
+pub fn section(kind: DeviceKind) -> &'static str {
+    match kind {
+        DeviceKind::Block => "drives",
+        DeviceKind::Net => "network-interfaces",
+        DeviceKind::Entropy => "entropy",
+        DeviceKind::Pmem => "pmem",
+        DeviceKind::Vsock => "vsock",
+        DeviceKind::Mem => "memory-hotplug",
+    }
+}
+
 /// Replaces the item with the same id, or appends.
 fn put_by<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) {
     match items.iter_mut().find(|other| id(other) == id(&item)) {

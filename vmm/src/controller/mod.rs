@@ -4,6 +4,7 @@
 //! plain data. `InstanceStart` makes a [`Vm`] of it, or leaves everything as it was.
 
 mod error;
+mod file;
 mod observe;
 
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use crate::vm::{Settings, Vm, VmError};
 use observe::Latencies;
 
 pub use error::ControlError;
+pub use file::SectionError;
 
 /// The API level that Mayfly implements.
 pub const API_VERSION: &str = "1.16.1";
@@ -129,27 +131,6 @@ impl Controller {
             Action::Pause => self.pause(),
             Action::Resume => self.resume(),
         }
-    }
-
-    /// Applies a config file wholly, and starts its machine.
-    pub fn start_from(&mut self, config: VmConfig) -> Result<(), ControlError> {
-        if let Some(logger) = &config.logger {
-            configure_logger(logger)?;
-        }
-        if let Some(metrics) = &config.metrics {
-            self.set_metrics(metrics.clone())?;
-        }
-        let devices = config.devices();
-        self.handle(Action::PutMachineConfig(config.machine_config))?;
-        self.handle(Action::PutBootSource(config.boot_source))?;
-        for device in devices {
-            self.handle(Action::PutDevice(Box::new(device)))?;
-        }
-        if let Some(serial) = config.serial {
-            self.handle(Action::PutSerial(serial))?;
-        }
-        self.handle(Action::InstanceStart)?;
-        Ok(())
     }
 
     /// The running machine.

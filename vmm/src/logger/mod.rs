@@ -15,10 +15,12 @@ mod limit;
 mod line;
 
 use std::cell::Cell;
+use std::ffi::CString;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -203,6 +205,30 @@ pub fn open_sink(path: &Path) -> io::Result<File> {
         .append(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY)
         .open(path)
+}
+
+/// Whether [`open_sink`] would succeed. The file is neither made nor opened: who waits at the other end of a FIFO would
+/// notice.
+pub fn check_sink(path: &Path) -> io::Result<()> {
+    match path.metadata() {
+        Ok(found) if found.is_dir() => Err(io::Error::from_raw_os_error(libc::EISDIR)),
+        Ok(_) => access(path, libc::R_OK | libc::W_OK),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            access(parent.unwrap_or(Path::new(".")), libc::W_OK | libc::X_OK)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether this process may use the file so.
+fn access(path: &Path, mode: libc::c_int) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: needed because the standard library has no such call. The path ends with zero and lives across it.
+    match unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), mode, libc::AT_EACCESS) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[cfg(test)]

@@ -165,3 +165,17 @@ fn a_line_that_cannot_be_written_is_counted() {
     logger.log(&record);
     assert_eq!(logger.missed(), 1);
 }
+
+#[test]
+fn tells_whether_a_file_could_be_opened_and_makes_none() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.as_path().join("log");
+    check_sink(&path).unwrap();
+    assert!(!path.exists());
+    std::fs::write(&path, "").unwrap();
+    check_sink(&path).unwrap();
+    let refused = |path: &Path| check_sink(path).unwrap_err().raw_os_error();
+    assert_eq!(refused(folder.as_path()), Some(libc::EISDIR));
+    assert_eq!(refused(&folder.as_path().join("no/log")), Some(libc::ENOENT));
+    assert_eq!(refused(&path.join("log")), Some(libc::ENOTDIR));
+}
