@@ -3,9 +3,9 @@
 #
 # Where the CPU has vmx or svm the cases run on this machine and the figures are its time. Elsewhere each case runs in an
 # emulated host whose clock counts instructions, 2 ns each: such figures are the same on every machine to about 0.3 %,
-# and compare builds, not machines. The start-up figure is always this machine's time.
+# and compare builds, not machines. The start-up and API figures are always this machine's time.
 #
-# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, net, startup; default: all)
+# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, net, startup, api; default: all)
 # environment: MAYFLY_BENCH_ICOUNT=1   count instructions even where there is KVM
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -14,7 +14,7 @@ readonly PROGRAM=bench
 # shellcheck source=resources/guest/lib.sh
 . resources/guest/lib.sh
 
-readonly CASES=(boot boot-mmio memory block net startup)
+readonly CASES=(boot boot-mmio memory block net startup api)
 readonly IMAGES=${MAYFLY_GUEST_DIR:-$PWD/build/guest}
 readonly MAYFLY=$PWD/target/x86_64-unknown-linux-gnu/release/mayfly
 # An instruction-counted host now and then stops for good inside the emulated SVM; then it is started again.
@@ -24,7 +24,7 @@ usage() { sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 
 has_kvm() { grep -qwE 'vmx|svm' /proc/cpuinfo && { : <>/dev/kvm; } 2>/dev/null; }
 
-# build: the monitor and the bench programs; sets guest, host, startup to their paths.
+# build: the monitor and the bench programs; sets guest, host, startup, api to their paths.
 build() {
     local name path
     cargo build --release --locked
@@ -85,6 +85,7 @@ run_counted() {
 run_case() {
     case $1 in
         startup) "$startup" "$MAYFLY" ;;
+        api) "$api" "$MAYFLY" ;;
         *) if [[ $counted ]]; then run_counted "$1"; else "$host" "$1" "$MAYFLY" "$IMAGES/vmlinux" "$work/guest.cpio"; fi ;;
     esac
 }
@@ -106,12 +107,16 @@ describe() {
         round_trip_us) echo "TCP, 1 byte there and back, us" ;;
         startup_cpu_us) echo "process start to API socket, CPU time, us" ;;
         startup_cpu_us_quartiles) echo "the quartiles of 200 starts, us" ;;
+        get_instance_us) echo "GET /, CPU time of the monitor, us" ;;
+        get_vm_config_us) echo "GET /vm/config, CPU time of the monitor, us" ;;
+        put_drive_us) echo "PUT /drives/{id}, CPU time of the monitor, us" ;;
+        get_metrics_us) echo "GET /metrics, CPU time of the monitor, us" ;;
         *) echo "$1" ;;
     esac
 }
 
 main() {
-    local cases=("$@") case figures name value counted=1 guest='' host='' startup=''
+    local cases=("$@") case figures name value counted=1 guest='' host='' startup='' api=''
     [[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
     ((${#cases[@]})) || cases=("${CASES[@]}")
     ((EUID == 0)) || die "needs root: the net case creates a network tap"
