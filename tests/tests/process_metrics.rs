@@ -7,7 +7,7 @@ use mayfly_tests::{Drive, HOST_TIMEOUT, Monitor, MonitorBuilder, Result, Scratch
 use serde_json::{Map, Value, json};
 
 /// The groups of a line and their names, as tools for Firecracker's lines expect them; no more and no fewer.
-const SCHEMA: [(&str, &str); 19] = [
+const SCHEMA: &[(&str, &str)] = &[
     (
         "api_server",
         "process_startup_time_us process_startup_time_cpu_us",
@@ -86,6 +86,13 @@ const SCHEMA: [(&str, &str); 19] = [
          exit_io_out_agg exit_mmio_read_agg exit_mmio_write_agg",
     ),
     ("vmm", "panic_count"),
+    (
+        "vsock",
+        "activate_fails cfg_fails rx_queue_event_fails tx_queue_event_fails ev_queue_event_fails muxer_event_fails \
+         conn_event_fails rx_queue_event_count tx_queue_event_count rx_bytes_count tx_bytes_count rx_packets_count \
+         tx_packets_count conns_added conns_killed conns_removed killq_resync tx_flush_fails tx_write_fails \
+         rx_read_fails",
+    ),
 ];
 
 /// A machine with this kernel and metrics; the second part is the folder of the kernel.

@@ -252,20 +252,24 @@ impl Runner {
         let start = tsc();
         match exit {
             Ok(VcpuExit::IoIn(port, data)) => {
+                metrics.exit_io_in.begin();
                 shared.pio.read(u64::from(port), data);
-                metrics.exit_io_in.record(start);
+                metrics.exit_io_in.end(start);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
+                metrics.exit_io_out.begin();
                 shared.pio.write(u64::from(port), data);
-                metrics.exit_io_out.record(start);
+                metrics.exit_io_out.end(start);
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
+                metrics.exit_mmio_read.begin();
                 shared.mmio.read(address, data);
-                metrics.exit_mmio_read.record(start);
+                metrics.exit_mmio_read.end(start);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
+                metrics.exit_mmio_write.begin();
                 shared.mmio.write(address, data);
-                metrics.exit_mmio_write.record(start);
+                metrics.exit_mmio_write.end(start);
             }
             // With the in-kernel interrupt controller these ask for nothing.
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {}

@@ -45,10 +45,14 @@ pub struct Exits {
 }
 
 impl Exits {
-    /// Counts an exit that came at `start`; on the owning thread only.
-    pub fn record(&self, start: u64) {
-        let ticks = tsc().wrapping_sub(start).max(1);
+    /// Counts an exit before it is served, so that whoever sees its effect sees the count; on the owning thread only.
+    pub fn begin(&self) {
         self.count.add(1);
+    }
+
+    /// Times an exit that came at `start` and has been served; on the owning thread only.
+    pub fn end(&self, start: u64) {
+        let ticks = tsc().wrapping_sub(start).max(1);
         self.sum.add(ticks);
         if ticks > self.max.load(Ordering::Relaxed) {
             self.max.store(ticks, Ordering::Relaxed);
@@ -121,7 +125,8 @@ mod tests {
         let (exits, now) = (Exits::default(), tsc());
         let hour = 1 << 44;
         for start in [now.wrapping_sub(hour), now, now.wrapping_sub(2 * hour)] {
-            exits.record(start);
+            exits.begin();
+            exits.end(start);
         }
         let (min, max) = (
             exits.min.load(Ordering::Relaxed),
