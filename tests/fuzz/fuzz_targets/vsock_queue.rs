@@ -203,6 +203,6 @@ fuzz_target!(|input: (u64, Vec<Step>)| {
         machine.ready();
         programs.read();
     }
-    let sent = machine.metrics()["tx_bytes_count"].as_u64();
+    let sent = machine.slot().metrics()["tx_bytes_count"].as_u64();
     assert!(Some(programs.received) <= sent, "bytes that nobody has sent");
 });
