@@ -2,8 +2,8 @@
 //!
 //! | port | register | access |
 //! |---|---|---|
-//! | 0..4 | slots to look at: a device came, or is gone without a question | reading clears what was read |
-//! | 4..8 | slots that the guest is asked to let go of | reading clears what was read |
+//! | 0..4 | slots to look at: a device came | reading clears what was read |
+//! | 4..8 | slots that the guest is asked to let go of, or whose device is gone | reading clears what was read |
 //! | 8..12 | slots that the guest has let go of | write ones |
 //!
 //! Each register has a bit per slot. The control thread sets bits and then raises

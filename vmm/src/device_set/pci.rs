@@ -101,12 +101,14 @@ impl PciBus {
         self.remove(slot);
     }
 
-    /// Takes out a device that the guest may be using, and has the guest look.
+    /// Takes out a device that the guest may be using. The guest is asked to let go of it all the same, so that it
+    /// misses it; a check finds only what is new.
     pub(super) fn take_away(&mut self, slot: u8) {
         if let Some(at) = self.remove(slot) {
             self.bars.bury(at);
         }
-        self.announce(slot);
+        self.hotplug().request(slot);
+        self.notify();
     }
 
     /// The guest finds nothing in the slot any more; the device ends with its last owner. Gives where its BAR was.
@@ -117,9 +119,13 @@ impl PciBus {
         function?.lock().unwrap_or_else(PoisonError::into_inner).bar()
     }
 
-    /// Has the guest look at the slot, which was filled or emptied.
+    /// Has the guest look at the slot, which was filled.
     pub(super) fn announce(&self, slot: u8) {
-        self.hotplug().check(slot);
+        let mut hotplug = self.hotplug();
+        // Meant for the device before.
+        hotplug.withdraw(slot);
+        hotplug.check(slot);
+        drop(hotplug);
         self.notify();
     }
 
