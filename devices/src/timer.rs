@@ -9,8 +9,9 @@ use vmm_sys_util::timerfd::TimerFd;
 
 /// A timer of the monotonic clock.
 ///
-/// Every expiration is a new readiness, and loops watch descriptors edge-triggered
-/// ([`Watch::add`](crate::virtio::Watch::add)), so nobody reads it.
+/// It expires once each time it is set. Every expiration is a new readiness, and loops watch descriptors edge-triggered
+/// ([`Watch::add`](crate::virtio::Watch::add)), so nobody reads it. (A periodic one would have to be read: until then the
+/// kernel does not count its next period.)
 #[derive(Debug)]
 pub struct Timer(TimerFd);
 
@@ -24,11 +25,6 @@ impl Timer {
     pub fn set(&mut self, delay: Duration) -> io::Result<()> {
         // Zero would stop the timer.
         Ok(self.0.reset(delay.max(Duration::from_nanos(1)), None)?)
-    }
-
-    /// Expires every `period`, which is not zero.
-    pub fn set_periodic(&mut self, period: Duration) -> io::Result<()> {
-        Ok(self.0.reset(period, Some(period))?)
     }
 
     /// Expires no more.
@@ -81,9 +77,23 @@ mod tests {
         assert!(expires_within(&timer, 10_000));
         timer.set(Duration::from_secs(1000)).unwrap();
         assert!(!expires_within(&timer, 0));
-        timer.set_periodic(Duration::from_millis(1)).unwrap();
+        timer.set(Duration::from_millis(1)).unwrap();
         assert!(expires_within(&timer, 10_000));
         timer.stop().unwrap();
         assert!(!expires_within(&timer, 0));
+    }
+
+    #[test]
+    fn expires_anew_whenever_it_is_set_though_nobody_reads_it() {
+        use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+        let (mut timer, epoll) = (Timer::new().unwrap(), Epoll::new().unwrap());
+        let edge = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+        epoll.ctl(ControlOperation::Add, timer.as_raw_fd(), edge).unwrap();
+        let mut events = [EpollEvent::default()];
+        for _ in 0..3 {
+            timer.set(Duration::from_millis(1)).unwrap();
+            assert_eq!(epoll.wait(10_000, &mut events).unwrap(), 1);
+            assert_eq!(epoll.wait(0, &mut events).unwrap(), 0);
+        }
     }
 }
