@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::memory_host::MemoryHost;
-use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, block, mem, net, pmem, rng, vsock};
+use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, balloon, block, mem, net, pmem, rng, vsock};
 
 /// The config of any device.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +15,8 @@ pub enum DeviceConfig {
     Net(net::Config),
     /// The entropy device.
     Entropy(rng::Config),
+    /// The memory balloon.
+    Balloon(balloon::Config),
     /// A file as memory.
     Pmem(pmem::Config),
     /// Sockets between guest and host.
@@ -24,10 +26,11 @@ pub enum DeviceConfig {
 }
 
 /// All kinds of devices.
-pub const KINDS: [DeviceKind; 6] = [
+pub const KINDS: [DeviceKind; 7] = [
     DeviceKind::Block,
     DeviceKind::Net,
     DeviceKind::Entropy,
+    DeviceKind::Balloon,
     DeviceKind::Pmem,
     DeviceKind::Vsock,
     DeviceKind::Mem,
@@ -42,6 +45,7 @@ pub fn blank_metrics(kind: DeviceKind) -> Value {
         DeviceKind::Block => blank::<block::Metrics>(),
         DeviceKind::Net => blank::<net::Metrics>(),
         DeviceKind::Entropy => blank::<rng::Metrics>(),
+        DeviceKind::Balloon => blank::<balloon::Metrics>(),
         DeviceKind::Pmem => blank::<pmem::Metrics>(),
         DeviceKind::Vsock => blank::<vsock::Metrics>(),
         DeviceKind::Mem => blank::<mem::Metrics>(),
@@ -57,6 +61,9 @@ pub enum BuildError {
     /// A network card.
     #[error("Could not create the network device")]
     Net(#[from] net::OpenError),
+    /// The memory balloon.
+    #[error("Could not create the balloon device")]
+    Balloon(#[from] balloon::OpenError),
     /// A file as memory.
     #[error("Unable to create the virtio pmem device")]
     Pmem(#[from] pmem::OpenError),
@@ -75,6 +82,7 @@ impl DeviceConfig {
             Self::Block(_) => DeviceKind::Block,
             Self::Net(_) => DeviceKind::Net,
             Self::Entropy(_) => DeviceKind::Entropy,
+            Self::Balloon(_) => DeviceKind::Balloon,
             Self::Pmem(_) => DeviceKind::Pmem,
             Self::Vsock(_) => DeviceKind::Vsock,
             Self::Mem(_) => DeviceKind::Mem,
@@ -96,6 +104,7 @@ impl DeviceConfig {
             Self::Block(config) => &config.drive_id,
             Self::Net(config) => &config.iface_id,
             Self::Entropy(_) => "entropy",
+            Self::Balloon(_) => "balloon",
             Self::Pmem(config) => &config.id,
             Self::Vsock(_) => "vsock",
             Self::Mem(_) => mem::ID,
@@ -107,6 +116,7 @@ impl DeviceConfig {
         match self {
             Self::Block(config) => config.patch(serde_json::from_value(patch.clone())?),
             Self::Net(config) => config.patch(serde_json::from_value(patch.clone())?),
+            Self::Balloon(config) => config.patch(&serde_json::from_value(patch.clone())?),
             Self::Pmem(config) => config.patch(&serde_json::from_value(patch.clone())?),
             // How much memory is requested is no part of the config.
             Self::Mem(_) => {}
@@ -124,6 +134,7 @@ impl DeviceConfig {
             Self::Block(config) => drop(config.build()?),
             Self::Net(config) => drop(config.build()?),
             Self::Vsock(config) => drop(config.build()?),
+            Self::Balloon(config) => drop(config.build()?),
             Self::Entropy(_) | Self::Pmem(_) => {}
             Self::Mem(config) => config.validate().map_err(mem::BuildError::from)?,
         }
@@ -136,6 +147,7 @@ impl DeviceConfig {
             Self::Block(config) => Box::new(config.build()?),
             Self::Net(config) => Box::new(config.build()?),
             Self::Entropy(config) => Box::new(config.build()),
+            Self::Balloon(config) => Box::new(config.build()?),
             Self::Pmem(config) => Box::new(config.build(host)?),
             Self::Vsock(config) => Box::new(config.build()?),
             Self::Mem(config) => Box::new(config.build(host)?),

@@ -37,8 +37,6 @@ fn unknown_paths_and_methods_are_named() -> Result {
 fn resources_to_come_are_refused_with_a_reason() -> Result {
     let monitor = monitor()?;
     for (method, path, body) in [
-        ("PUT", "/balloon", "{}"),
-        ("GET", "/balloon", ""),
         ("PUT", "/cpu-config", "{}"),
         ("PUT", "/mmds", "{}"),
         ("GET", "/mmds", ""),

@@ -8,7 +8,7 @@ use devices::SharedMemory;
 use devices::bus::{Bus, BusError};
 use devices::catalog::DeviceConfig;
 use devices::legacy::i8042::CtrlAltDelError;
-use devices::virtio::DeviceKind;
+use devices::virtio::{DeviceKind, UpdateError};
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -299,13 +299,16 @@ impl Vm {
         let config = self.config.device(kind, id);
         let mut config = config.ok_or_else(|| DeviceSetError::NotFound(id.into()))?;
         let refused = |source| DeviceSetError::Update {
+            kind,
             id: id.into(),
             source,
         };
         config.patch(&patch).map_err(refused)?;
+        let mut patched = self.config.clone();
+        let fits = patched.put_device(config);
+        fits.map_err(|error| refused(UpdateError::Device(error.into())))?;
         self.devices.update(kind, id, patch)?;
-        let put = self.config.put_device(config);
-        put.expect("a patch changes nothing that other devices depend on");
+        self.config = patched;
         Ok(())
     }
 

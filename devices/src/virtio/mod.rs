@@ -1,5 +1,6 @@
 //! Virtio 1.2: what a device is ([`VirtioDevice`]), and the two halves of its state ([`VirtioSlot`], [`Lane`]).
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod config_space;
@@ -61,6 +62,8 @@ pub enum DeviceKind {
     Block = 2,
     /// Entropy source.
     Entropy = 4,
+    /// Memory balloon.
+    Balloon = 5,
     /// Memory that is plugged in and out.
     Mem = 24,
     /// Memory with a file behind it.
@@ -83,6 +86,7 @@ impl DeviceKind {
             DeviceKind::Entropy => "entropy",
             DeviceKind::Vsock => "vsock",
             DeviceKind::Mem => "memory_hotplug",
+            DeviceKind::Balloon => "balloon",
             DeviceKind::Pmem => "pmem",
         }
     }
@@ -92,7 +96,7 @@ impl DeviceKind {
         match self {
             DeviceKind::Net => Some("iface"),
             DeviceKind::Block => Some("drive"),
-            DeviceKind::Entropy | DeviceKind::Vsock | DeviceKind::Mem => None,
+            DeviceKind::Entropy | DeviceKind::Balloon | DeviceKind::Vsock | DeviceKind::Mem => None,
             DeviceKind::Pmem => Some("pmem"),
         }
     }
@@ -103,7 +107,7 @@ impl DeviceKind {
             DeviceKind::Net => (0x02, 0x00),
             DeviceKind::Block => (0x01, 0x80),
             DeviceKind::Entropy => (0xff, 0x00),
-            DeviceKind::Mem | DeviceKind::Pmem => (0x05, 0x80),
+            DeviceKind::Balloon | DeviceKind::Mem | DeviceKind::Pmem => (0x05, 0x80),
             DeviceKind::Vsock => (0x07, 0x80),
         }
     }

@@ -23,6 +23,14 @@ pub enum RouteError {
         /// The resource.
         path: String,
     },
+    /// The resource has no such part.
+    #[error("Unrecognized {method} request path `{path}`.")]
+    Unrecognized {
+        /// The request's method.
+        method: Method,
+        /// The part of the path that decided.
+        path: String,
+    },
     /// A body where none may be, or none where one must be.
     #[error("{0}")]
     Body(&'static str),

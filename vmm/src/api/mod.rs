@@ -3,6 +3,7 @@
 //! This is the only place that knows both HTTP and actions. It runs on the `api` thread, which turns untrusted bytes
 //! into typed, locally checked actions; the control thread decides whether they are possible.
 
+mod balloon;
 mod call;
 mod error;
 mod requests;
@@ -20,6 +21,7 @@ use crate::config::{
 use crate::events::CONTENT_TYPE;
 use crate::unplug::{Unplug, UnplugConfig};
 
+pub use balloon::BalloonView;
 pub use call::Call;
 pub use error::RouteError;
 pub use requests::{Endpoint, RequestMetrics};
@@ -32,6 +34,7 @@ pub enum Action {
     GetVersion,
     GetMachineConfig,
     GetVmConfig,
+    GetBalloon(BalloonView),
     GetEvents,
     GetMetrics,
     PutMachineConfig(MachineConfig),
@@ -112,7 +115,7 @@ enum VmState {
 }
 
 /// Resources that Firecracker's API has and this version does not.
-const UNSUPPORTED: [&str; 5] = ["balloon", "cpu-config", "mmds", "snapshot", "network-interfaces"];
+const UNSUPPORTED: [&str; 4] = ["cpu-config", "mmds", "snapshot", "network-interfaces"];
 
 /// Turns a request into an action.
 pub fn route(request: &Request) -> Result<Routed, RouteError> {
@@ -142,6 +145,9 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Get, "hotplug") if id == Some("memory") => Action::GetMemoryHotplug,
         (Method::Put, "hotplug") if id == Some("memory") => put_device(DeviceConfig::Mem(json(body)?)),
         (Method::Patch, "hotplug") if id == Some("memory") => patch_memory_hotplug(body)?,
+        (method @ (Method::Get | Method::Put | Method::Patch), "balloon") => {
+            balloon::route(method, id.into_iter().chain(tokens), body)?
+        }
         (Method::Put, "entropy") => put_device(DeviceConfig::Entropy(json(body)?)),
         (Method::Put, "vsock") => return put_vsock(body),
         (Method::Put, "serial") => Action::PutSerial(json(body)?),
@@ -180,7 +186,9 @@ fn checked_body(request: &Request) -> Result<&[u8], RouteError> {
             Err(RouteError::Body("Empty Delete request."))
         }
         (Method::Put, true) => Err(RouteError::Body("Empty PUT request.")),
-        (Method::Patch, true) => Err(RouteError::Body("Empty PATCH request.")),
+        (Method::Patch, true) if !balloon::takes_no_body(request) => {
+            Err(RouteError::Body("Empty PATCH request."))
+        }
         _ => Ok(body),
     }
 }

@@ -6,7 +6,7 @@ mod machine;
 mod process;
 
 use devices::catalog::DeviceConfig;
-use devices::virtio::{DeviceKind, block, mem, net, pmem, rng, vsock};
+use devices::virtio::{DeviceKind, balloon, block, mem, net, pmem, rng, vsock};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use file::{ConfigFileError, read_config_file};
@@ -37,6 +37,28 @@ pub enum ConfigError {
     /// The command line is too long.
     #[error("Boot source error: boot_args is {0} bytes long; at most {MAX_BOOT_ARGS} fit")]
     BootArgs(usize),
+    /// The balloon is larger than memory.
+    #[error(
+        "Balloon config error: Amount of pages requested is too large. amount_mib is {amount_mib}, and the machine has \
+         {limit_mib} MiB of memory"
+    )]
+    BalloonSize {
+        /// What was asked for.
+        amount_mib: u32,
+        /// How much there is.
+        limit_mib: usize,
+    },
+    /// Memory is smaller than the balloon.
+    #[error(
+        "Machine config error: The memory size (MiB) is smaller than the previously set balloon device target size. \
+         mem_size_mib is {mem_size_mib}, and the balloon's amount_mib {target_mib}: lower that one first"
+    )]
+    MemoryBelowBalloon {
+        /// What was asked for.
+        mem_size_mib: usize,
+        /// The balloon's target.
+        target_mib: u32,
+    },
     /// Two root devices.
     #[error("{section} config error: '{new}' cannot be the root device: {kind} '{old}' is it already")]
     SecondRoot {
@@ -107,9 +129,9 @@ impl<'de> Deserialize<'de> for Absent {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct VmConfig {
-    /// Not supported yet.
+    /// The memory balloon.
     #[serde(default)]
-    pub balloon: Absent,
+    pub balloon: Option<balloon::Config>,
     /// Disks; the root disk comes first.
     pub drives: Vec<block::Config>,
     /// What to boot.
@@ -155,12 +177,14 @@ impl VmConfig {
         let drives = self.drives.iter().cloned().map(DeviceConfig::Block);
         let nets = self.network_interfaces.iter().cloned().map(DeviceConfig::Net);
         let entropy = self.entropy.iter().cloned().map(DeviceConfig::Entropy);
+        let balloon = self.balloon.iter().cloned().map(DeviceConfig::Balloon);
         let pmem = self.pmem.iter().cloned().map(DeviceConfig::Pmem);
         let vsock = self.vsock.iter().cloned().map(DeviceConfig::Vsock);
         let mem = self.memory_hotplug.iter().cloned().map(DeviceConfig::Mem);
         drives
             .chain(nets)
             .chain(vsock)
+            .chain(balloon)
             .chain(entropy)
             .chain(pmem)
             .chain(mem)
@@ -190,6 +214,7 @@ impl VmConfig {
             DeviceConfig::Block(drive) => self.put_drive(drive)?,
             DeviceConfig::Net(net) => self.put_net(net)?,
             DeviceConfig::Entropy(entropy) => self.entropy = Some(entropy),
+            DeviceConfig::Balloon(balloon) => self.put_balloon(balloon)?,
             DeviceConfig::Pmem(pmem) => self.put_pmem(pmem)?,
             DeviceConfig::Vsock(vsock) => self.vsock = Some(vsock),
             DeviceConfig::Mem(mem) => self.memory_hotplug = Some(mem),
@@ -204,6 +229,33 @@ impl VmConfig {
         put_by(&mut self.drives, drive, |d| &d.drive_id);
         // The root disk is the guest's first, whatever the order of requests.
         self.drives.sort_by_key(|d| !d.is_root_device);
+        Ok(())
+    }
+
+    fn put_balloon(&mut self, balloon: balloon::Config) -> Result<(), ConfigError> {
+        let limit_mib = self.machine_config.mem_size_mib;
+        if !holds(limit_mib, balloon.amount_mib) {
+            let amount_mib = balloon.amount_mib;
+            return Err(ConfigError::BalloonSize {
+                amount_mib,
+                limit_mib,
+            });
+        }
+        self.balloon = Some(balloon);
+        Ok(())
+    }
+
+    /// Sets size and shape.
+    pub fn put_machine(&mut self, machine: MachineConfig) -> Result<(), ConfigError> {
+        let machine = machine.validated()?;
+        let target_mib = self.balloon.as_ref().map_or(0, |balloon| balloon.amount_mib);
+        if !holds(machine.mem_size_mib, target_mib) {
+            return Err(ConfigError::MemoryBelowBalloon {
+                mem_size_mib: machine.mem_size_mib,
+                target_mib,
+            });
+        }
+        self.machine_config = machine;
         Ok(())
     }
 
@@ -261,10 +313,16 @@ pub fn section(kind: DeviceKind) -> &'static str {
         DeviceKind::Block => "drives",
         DeviceKind::Net => "network-interfaces",
         DeviceKind::Entropy => "entropy",
+        DeviceKind::Balloon => "balloon",
         DeviceKind::Pmem => "pmem",
         DeviceKind::Vsock => "vsock",
         DeviceKind::Mem => "memory-hotplug",
     }
+}
+
+/// Whether that much memory can give that much away.
+fn holds(mem_size_mib: usize, amount_mib: u32) -> bool {
+    usize::try_from(amount_mib).is_ok_and(|amount| amount <= mem_size_mib)
 }
 
 /// Replaces the item with the same id, or appends.

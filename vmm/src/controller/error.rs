@@ -67,6 +67,14 @@ pub enum ControlError {
         /// Why.
         source: DeviceSetError,
     },
+    /// The balloon is not there, not all of it, or too small.
+    #[error("{prefix}: {what}")]
+    Balloon {
+        /// How the API begins this refusal.
+        prefix: &'static str,
+        /// What is missing, and how it comes to be.
+        what: String,
+    },
     /// A file for lines cannot be opened.
     #[error("{section} error: cannot open '{path}' for writing", path = path.display())]
     Sink {
@@ -100,6 +108,7 @@ fn section(kind: DeviceKind) -> &'static str {
         DeviceKind::Block => "Drive",
         DeviceKind::Net => "Network",
         DeviceKind::Entropy => "Entropy",
+        DeviceKind::Balloon => "Balloon",
         DeviceKind::Pmem => "Pmem",
         DeviceKind::Vsock => "Vsock",
         DeviceKind::Mem => "Memory hotplug",
@@ -112,6 +121,7 @@ fn refused_patch(kind: DeviceKind) -> &'static str {
         DeviceKind::Block => "Drive config error: Unable to patch the block device",
         DeviceKind::Net => "Network config error: Unable to update the net device",
         DeviceKind::Entropy => "Entropy config error",
+        DeviceKind::Balloon => "Balloon update error",
         DeviceKind::Pmem => "Pmem config error: Unable to patch the pmem device",
         DeviceKind::Vsock => "Vsock config error",
         DeviceKind::Mem => "Memory hotplug update error",

@@ -3,6 +3,7 @@
 //! Before start there is only a config: a PUT checks it, opens what it names to see that it can be opened, and keeps
 //! plain data. `InstanceStart` makes a [`Vm`] of it, or leaves everything as it was.
 
+mod balloon;
 mod error;
 mod file;
 mod observe;
@@ -90,6 +91,7 @@ impl Controller {
             Action::GetMetrics => Ok(Reply::Text(CONTENT_TYPE, self.exposition())),
             Action::GetEvents if self.events().has_room() => Ok(Reply::Events),
             Action::GetEvents => Err(ControlError::Subscribers),
+            Action::GetBalloon(view) => self.get_balloon(view),
             Action::PutMachineConfig(config) => self.set_machine(config),
             Action::PatchMachineConfig(patch) => {
                 let config = self.config()?.machine_config.patched(&patch);
@@ -184,7 +186,7 @@ impl Controller {
     }
 
     fn set_machine(&mut self, config: MachineConfig) -> Result<Reply, ControlError> {
-        self.config()?.machine_config = config.validated()?;
+        self.config()?.put_machine(config)?;
         Ok(Reply::Done)
     }
 
@@ -288,6 +290,9 @@ impl Controller {
         // Clients know that a change of a pmem device without limits does nothing, whatever its id.
         if kind == DeviceKind::Pmem && patch.get("rate_limiter").is_none_or(Value::is_null) {
             return Ok(Reply::Done);
+        }
+        if kind == DeviceKind::Balloon {
+            balloon::check_patch(vm, &patch)?;
         }
         let patched = vm.patch_device(kind, id, patch);
         patched.map_err(|source| ControlError::Patch { kind, source })?;

@@ -5,7 +5,7 @@ use std::io;
 use devices::bus::BusError;
 use devices::catalog::BuildError;
 use devices::pci::PciError;
-use devices::virtio::UpdateError;
+use devices::virtio::{DeviceKind, UpdateError};
 
 use crate::kvm::KvmError;
 
@@ -40,8 +40,10 @@ pub enum DeviceSetError {
     #[error("there is no device '{0}'")]
     NotFound(String),
     /// The device refused the change.
-    #[error("device '{id}'")]
+    #[error("{}", subject(*kind, id))]
     Update {
+        /// What it is.
+        kind: DeviceKind,
         /// Which one.
         id: String,
         /// Why.
@@ -91,5 +93,13 @@ impl DeviceSetError {
             id: id.into(),
             source,
         }
+    }
+}
+
+/// How an error names a device.
+fn subject(kind: DeviceKind, id: &str) -> String {
+    match kind {
+        DeviceKind::Balloon => "Balloon".into(),
+        _ => format!("device '{id}'"),
     }
 }

@@ -226,6 +226,7 @@ impl DeviceSet {
     pub fn update(&self, kind: DeviceKind, id: &str, patch: Value) -> Result<(), DeviceSetError> {
         let updated = self.find(kind, id)?.lock().slot().update(patch);
         updated.map_err(|source| DeviceSetError::Update {
+            kind,
             id: id.into(),
             source,
         })
