@@ -107,14 +107,17 @@ fn ids_and_fields_are_checked() -> Result {
 }
 
 #[test]
-fn a_change_before_start_and_a_new_device_after_it_are_refused() -> Result {
+fn a_change_before_start_and_a_device_that_cannot_be_attached_after_it_are_refused() -> Result {
     let before = monitor("pmem")?;
     before
         .patch("/pmem/a", &json!({"id": "a"}))?
         .assert_refused(&["before starting"]);
     let (vm, _scratch) = running(false)?;
+    vm.put("/pmem/a", &pmem("a", "/nope"))?
+        .assert_refused(&["Pmem", "'a'"]);
     vm.put("/pmem/b", &pmem("b", "/nope"))?
-        .assert_refused(&["after starting"]);
+        .assert_refused(&["Pmem", "/nope"]);
+    assert_eq!(vm.get("/vm/config")?.json()?["pmem"][0]["id"], "a");
     Ok(())
 }
 
