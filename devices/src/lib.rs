@@ -18,6 +18,7 @@ pub mod catalog;
 pub mod legacy;
 pub mod memory_host;
 pub mod pci;
+mod random;
 pub mod rate_limiter;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

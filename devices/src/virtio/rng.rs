@@ -3,8 +3,6 @@
 //! The smallest device, and so the one to read first: config, counters, state and behaviour in one file. All calls
 //! but [`Config::build`] come from the io thread that owns the device.
 
-use std::io;
-
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -90,7 +88,7 @@ impl Rng {
         let mut done = 0;
         while done < wanted {
             let portion = &mut random[..PORTION.min(wanted - done)];
-            if let Err(error) = fill_random(portion) {
+            if let Err(error) = crate::random::fill(portion) {
                 self.metrics.host_rng_fails += 1;
                 log::warn!("entropy: the host gave no random bytes: {error}");
                 break;
@@ -188,24 +186,6 @@ impl VirtioDevice for Rng {
     fn metrics(&self) -> Value {
         serde_json::to_value(&self.metrics).expect("counters are plain data")
     }
-}
-
-/// Fills `out` with random bytes of the kernel.
-fn fill_random(out: &mut [u8]) -> io::Result<()> {
-    let mut done = 0;
-    while done < out.len() {
-        let rest = &mut out[done..];
-        // SAFETY: needed as std has no random source. The kernel writes at most `rest.len()` bytes to `rest`.
-        let count = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
-        match usize::try_from(count) {
-            Ok(count) => done += count,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
