@@ -17,6 +17,7 @@ pub mod bus;
 pub mod catalog;
 pub mod legacy;
 pub mod memory_host;
+pub mod mmds;
 pub mod pci;
 mod random;
 pub mod rate_limiter;
