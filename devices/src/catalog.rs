@@ -1,9 +1,12 @@
 //! The list of virtio devices: what a config section becomes.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::memory_host::MemoryHost;
+use crate::mmds::Mmds;
 use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, balloon, block, mem, net, pmem, rng, vsock};
 
 /// The config of any device.
@@ -50,6 +53,14 @@ pub fn blank_metrics(kind: DeviceKind) -> Value {
         DeviceKind::Vsock => blank::<vsock::Metrics>(),
         DeviceKind::Mem => blank::<mem::Metrics>(),
     }
+}
+
+/// What a machine has for its devices to use.
+pub struct Services<'a> {
+    /// Memory beside its RAM.
+    pub memory: &'a dyn MemoryHost,
+    /// The metadata service, when it is configured.
+    pub mmds: Option<&'a Arc<Mmds>>,
 }
 
 /// Why a device could not be built.
@@ -132,7 +143,7 @@ impl DeviceConfig {
     pub fn check(&self) -> Result<(), BuildError> {
         match self {
             Self::Block(config) => drop(config.build()?),
-            Self::Net(config) => drop(config.build()?),
+            Self::Net(config) => drop(config.build(None)?),
             Self::Vsock(config) => drop(config.build()?),
             Self::Balloon(config) => drop(config.build()?),
             Self::Entropy(_) | Self::Pmem(_) => {}
@@ -141,16 +152,16 @@ impl DeviceConfig {
         Ok(())
     }
 
-    /// Opens what the device needs and makes it. Memory that it gives the guest comes from `host`.
-    pub fn build(&self, host: &dyn MemoryHost) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    /// Opens what the device needs and makes it.
+    pub fn build(&self, services: &Services<'_>) -> Result<Box<dyn VirtioDevice>, BuildError> {
         Ok(match self {
             Self::Block(config) => Box::new(config.build()?),
-            Self::Net(config) => Box::new(config.build()?),
+            Self::Net(config) => Box::new(config.build(services.mmds)?),
             Self::Entropy(config) => Box::new(config.build()),
             Self::Balloon(config) => Box::new(config.build()?),
-            Self::Pmem(config) => Box::new(config.build(host)?),
+            Self::Pmem(config) => Box::new(config.build(services.memory)?),
             Self::Vsock(config) => Box::new(config.build()?),
-            Self::Mem(config) => Box::new(config.build(host)?),
+            Self::Mem(config) => Box::new(config.build(services.memory)?),
         })
     }
 }

@@ -38,9 +38,6 @@ fn resources_to_come_are_refused_with_a_reason() -> Result {
     let monitor = monitor()?;
     for (method, path, body) in [
         ("PUT", "/cpu-config", "{}"),
-        ("PUT", "/mmds", "{}"),
-        ("GET", "/mmds", ""),
-        ("PUT", "/mmds/config", "{}"),
         ("PUT", "/snapshot/create", "{}"),
         ("PUT", "/snapshot/load", "{}"),
         ("DELETE", "/drives/a", ""),

@@ -30,6 +30,8 @@ Usage: mayfly [OPTIONS]            (both `--option value` and `--option=value` w
   --enable-pci                     accepted and without effect: PCI is the default
   --boot-timer                     log how long the guest took to boot, when it signals its init
   --http-api-max-payload-size N    largest request body in bytes [51200]
+  --metadata PATH                  give guests the JSON in this file over MMDS
+  --mmds-size-limit N              largest JSON for MMDS in bytes [as --http-api-max-payload-size]
 
   --log-path PATH                  log to this file or FIFO instead of standard output
   --level LEVEL                    Off, Error, Warn, Info, Debug or Trace [Info]
@@ -70,6 +72,8 @@ pub struct Args {
     pub pci: bool,
     pub boot_timer: bool,
     pub max_payload: usize,
+    pub metadata: Option<PathBuf>,
+    pub max_metadata: usize,
     pub logger: LoggerConfig,
     pub metrics_path: Option<PathBuf>,
     pub start_time_us: Option<u64>,
@@ -226,13 +230,7 @@ fn value_of(parser: &mut lexopt::Parser, name: &str) -> Result<OsString, ArgsErr
 
 impl Args {
     fn new(options: &Options) -> Result<Self, ArgsError> {
-        for name in [
-            "metadata",
-            "mmds-size-limit",
-            "describe-snapshot",
-            "snapshot-version",
-            "seccomp-filter",
-        ] {
+        for name in ["describe-snapshot", "snapshot-version", "seccomp-filter"] {
             if name == "seccomp-filter" && options.has(name) && options.has("no-seccomp") {
                 return Err(ArgsError::Conflict("seccomp-filter", "no-seccomp"));
             }
@@ -262,15 +260,18 @@ impl Args {
             .path("api-sock")
             .unwrap_or_else(|| DEFAULT_API_SOCKET.into());
         let micros = "a count of microseconds";
+        let bytes = "a count of bytes";
+        let max_payload = options.parsed("http-api-max-payload-size", bytes)?;
+        let max_payload = max_payload.unwrap_or(DEFAULT_PAYLOAD_SIZE);
         Ok(Self {
             api_sock: (!options.has("no-api")).then_some(api_sock),
             config_file,
             id: instance_id(options)?,
             pci: !options.has("no-pci"),
             boot_timer: options.has("boot-timer"),
-            max_payload: options
-                .parsed("http-api-max-payload-size", "a count of bytes")?
-                .unwrap_or(DEFAULT_PAYLOAD_SIZE),
+            max_payload,
+            metadata: options.path("metadata"),
+            max_metadata: options.parsed("mmds-size-limit", bytes)?.unwrap_or(max_payload),
             logger: logger_config(options)?,
             metrics_path: options.path("metrics-path"),
             start_time_us: options.parsed("start-time-us", micros)?,
@@ -328,8 +329,8 @@ mod tests {
         let args = args(&[]);
         assert_eq!(args.api_sock, Some(DEFAULT_API_SOCKET.into()));
         assert_eq!(
-            (args.id.as_str(), args.pci, args.max_payload),
-            (DEFAULT_ID, true, 51_200)
+            (args.id.as_str(), args.pci, args.max_payload, args.max_metadata),
+            (DEFAULT_ID, true, 51_200, 51_200)
         );
     }
 

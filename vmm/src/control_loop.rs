@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::api::{self, Action, Call, Reply, Rest};
-use crate::controller::{ControlError, Controller};
+use crate::controller::Controller;
 use crate::events::Event;
 use crate::signals::Termination;
 use crate::terminal;
@@ -217,7 +217,7 @@ impl ControlLoop {
     fn answer_unplugs(&mut self, gone: &[(DeviceKind, String)]) {
         for (kind, id) in gone {
             for call in self.unplugs.finish(*kind, id) {
-                api::answer::<ControlError>(call, Ok(Reply::Done));
+                api::answer(call, Ok(Reply::Done));
             }
         }
     }

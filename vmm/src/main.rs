@@ -88,7 +88,7 @@ fn mayfly() -> u8 {
 fn check(path: &Path, args: &Args) -> u8 {
     let checked = config::read_config_file(path)
         .map_err(Fatal::from)
-        .and_then(|config| controller(args, Arc::default()).check(config));
+        .and_then(|config| controller(args, Arc::default())?.check(config));
     match checked {
         Ok(()) => {
             println!("The config file '{}' can be used.", path.display());
@@ -143,11 +143,13 @@ fn boot_and_run(control: &mut ControlLoop, args: &Args) -> Result<Exit, Fatal> {
     Ok(control.run()?)
 }
 
-fn controller(args: &Args, requests: Arc<RequestMetrics>) -> Controller {
+fn controller(args: &Args, requests: Arc<RequestMetrics>) -> Result<Controller, Fatal> {
+    let metadata = config::read_metadata(args.metadata.as_deref(), args.max_metadata)?;
     let settings = Settings {
         pci: args.pci,
         boot_timer: args.boot_timer.then(vmm::clock::now_us),
         events: EventBus::default(),
+        metadata: Arc::new(metadata),
     };
     let startup_us = (vmm::clock::since_us(args.start_time_us), vmm::clock::cpu_us(args));
     let instance = Instance {
@@ -155,7 +157,7 @@ fn controller(args: &Args, requests: Arc<RequestMetrics>) -> Controller {
         settings,
         startup_us,
     };
-    Controller::new(instance, requests)
+    Ok(Controller::new(instance, requests))
 }
 
 fn control_loop(
@@ -163,7 +165,7 @@ fn control_loop(
     termination: Termination,
     requests: Arc<RequestMetrics>,
 ) -> Result<(ControlLoop, Inbox), Fatal> {
-    let mut controller = controller(args, requests);
+    let mut controller = controller(args, requests)?;
     if let Some(path) = &args.metrics_path {
         controller.set_metrics(MetricsConfig {
             metrics_path: path.clone(),

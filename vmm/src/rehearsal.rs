@@ -1,6 +1,6 @@
 //! What building a machine would find wrong with its config, found without KVM: for `--check-config`.
 
-use devices::catalog::DeviceConfig;
+use devices::catalog::{DeviceConfig, Services};
 use devices::memory_host::{FileMapping, MappedFile, MemoryHost, MemoryHostError, SlottedMemory};
 
 use crate::boot;
@@ -51,7 +51,11 @@ fn places(config: &VmConfig, pci: bool) -> Result<Vec<(u64, u32)>, VmError> {
 /// config file that is checked is to be complete.
 fn open_late(device: &DeviceConfig) -> Result<(), DeviceSetError> {
     if matches!(device, DeviceConfig::Pmem(_)) {
-        let built = device.build(&Nowhere);
+        let services = Services {
+            memory: &Nowhere,
+            mmds: None,
+        };
+        let built = device.build(&services);
         built.map_err(|source| DeviceSetError::Build {
             id: device.id().into(),
             source,

@@ -8,6 +8,7 @@ use devices::SharedMemory;
 use devices::bus::{Bus, BusError};
 use devices::catalog::DeviceConfig;
 use devices::legacy::i8042::CtrlAltDelError;
+use devices::mmds::{self, Mmds};
 use devices::virtio::{DeviceKind, UpdateError};
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
@@ -81,7 +82,7 @@ pub enum HotplugError {
 }
 
 /// How machines are built, beyond their config.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// Virtio over PCI; else over MMIO. A guest that is told `pci=off` gets MMIO in any case.
     pub pci: bool,
@@ -89,6 +90,8 @@ pub struct Settings {
     pub boot_timer: Option<u64>,
     /// The way to whoever listens to `GET /events`.
     pub events: EventBus,
+    /// What the metadata service gives to guests.
+    pub metadata: Arc<mmds::Store>,
 }
 
 /// Descriptors that the control thread waits for.
@@ -117,6 +120,7 @@ pub struct Vm {
     shared: Arc<VcpuShared>,
     devices: DeviceSet,
     legacy: Legacy,
+    mmds: Option<Arc<Mmds>>,
     kvm: Arc<kvm::Vm>,
     pause: Option<Pause>,
     ticks: TickRate,
@@ -147,6 +151,8 @@ impl Vm {
             op: "start an io loop",
             source,
         })?;
+        let service = |config: &mmds::Config| Mmds::new(config.clone(), Arc::clone(&settings.metadata));
+        let mmds = config.mmds_config.as_ref().map(service).map(Arc::new);
         let platform = Platform {
             vm: Arc::clone(&vm),
             mmio: Arc::clone(&mmio),
@@ -155,6 +161,7 @@ impl Vm {
             host: Arc::new(io_loop),
             events: settings.events.clone(),
             ged: legacy.event_device(),
+            mmds: mmds.clone(),
         };
         let mut devices = DeviceSet::new(platform, &pio, pci)?;
         for device in config.devices() {
@@ -200,6 +207,7 @@ impl Vm {
             shared,
             devices,
             legacy,
+            mmds,
             kvm: vm,
             pause,
             ticks: TickRate::start(),
@@ -364,6 +372,9 @@ impl Vm {
         }
         self.legacy.collect_metrics(&mut totals.groups);
         self.devices.collect_metrics(totals);
+        if let Some(mmds) = &self.mmds {
+            add_to_sum(&mut totals.groups, &json!({"mmds": mmds.metrics()}));
+        }
     }
 
     /// How long what the devices did took.

@@ -72,12 +72,14 @@ fn log_request(request: &Request) {
         api_server::Method::Delete => "Delete",
     };
     let path = &request.path;
+    // Metadata may be secret.
+    let is_secret = path.trim_start_matches('/').split('/').next() == Some("mmds");
     match &request.body {
-        Some(body) => {
+        Some(body) if !is_secret => {
             let body = String::from_utf8_lossy(body);
             log::info!("The API server received a {method} request on {path:?} with body {body:?}.");
         }
-        None => log::info!("The API server received a {method} request on {path:?}."),
+        _ => log::info!("The API server received a {method} request on {path:?}."),
     }
 }
 
@@ -87,7 +89,12 @@ fn log_response(response: &Response) {
         204 => log_success("204 No Content"),
         status => {
             let body = String::from_utf8_lossy(response.body().unwrap_or_default());
-            log::error!("Received Error. Status code: {status} Bad Request. Message: {body}");
+            let reason = if status == 413 {
+                "Payload Too Large"
+            } else {
+                "Bad Request"
+            };
+            log::error!("Received Error. Status code: {status} {reason}. Message: {body}");
         }
     }
 }

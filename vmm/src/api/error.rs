@@ -15,6 +15,14 @@ pub enum RouteError {
         /// The part of the path that decided.
         path: String,
     },
+    /// No such resource below one that is there.
+    #[error("Unrecognized {method} request path `{path}`.")]
+    SubPath {
+        /// The request's method.
+        method: Method,
+        /// The part of the path that decided.
+        path: String,
+    },
     /// The resource exists in the API and not yet in Mayfly.
     #[error("{method} /{path} is not supported by this version of Mayfly.")]
     Unsupported {

@@ -10,6 +10,7 @@ mod requests;
 
 use api_server::{Method, Request, Response, Stream};
 use devices::catalog::DeviceConfig;
+use devices::mmds;
 use devices::virtio::{DeviceKind, block, mem, net, pmem, vsock};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -18,6 +19,7 @@ use serde_json::Value;
 use crate::config::{
     BootSource, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
 };
+use crate::controller::ControlError;
 use crate::events::CONTENT_TYPE;
 use crate::unplug::{Unplug, UnplugConfig};
 
@@ -53,6 +55,10 @@ pub enum Action {
         /// None without a body.
         unplug: Option<UnplugConfig>,
     },
+    PutMmdsConfig(mmds::Config),
+    GetMmds,
+    PutMmds(Value),
+    PatchMmds(Value),
     PutSerial(SerialConfig),
     PutLogger(LoggerConfig),
     PutMetrics(MetricsConfig),
@@ -115,7 +121,7 @@ enum VmState {
 }
 
 /// Resources that Firecracker's API has and this version does not.
-const UNSUPPORTED: [&str; 4] = ["cpu-config", "mmds", "snapshot", "network-interfaces"];
+const UNSUPPORTED: [&str; 3] = ["cpu-config", "snapshot", "network-interfaces"];
 
 /// Turns a request into an action.
 pub fn route(request: &Request) -> Result<Routed, RouteError> {
@@ -150,6 +156,9 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         }
         (Method::Put, "entropy") => put_device(DeviceConfig::Entropy(json(body)?)),
         (Method::Put, "vsock") => return put_vsock(body),
+        (Method::Get, "mmds") => Action::GetMmds,
+        (Method::Put, "mmds") => return put_mmds(id, body),
+        (Method::Patch, "mmds") => Action::PatchMmds(json(body)?),
         (Method::Put, "serial") => Action::PutSerial(json(body)?),
         (Method::Put, "logger") => Action::PutLogger(json(body)?),
         (Method::Put, "metrics") => Action::PutMetrics(json(body)?),
@@ -315,6 +324,24 @@ fn put_vsock(body: &[u8]) -> Result<Routed, RouteError> {
     })
 }
 
+fn put_mmds(path: Option<&str>, body: &[u8]) -> Result<Routed, RouteError> {
+    let (action, deprecated) = match path {
+        None | Some("") => (Action::PutMmds(json(body)?), false),
+        Some("config") => {
+            let config: mmds::Config = json(body)?;
+            let deprecated = config.version == mmds::Version::V1;
+            (Action::PutMmdsConfig(config), deprecated)
+        }
+        Some(path) => {
+            return Err(RouteError::SubPath {
+                method: Method::Put,
+                path: path.into(),
+            });
+        }
+    };
+    Ok(Routed { action, deprecated })
+}
+
 fn same_id(path: &str, body: &str) -> Result<(), RouteError> {
     if path == body {
         return Ok(());
@@ -350,14 +377,17 @@ pub enum Rest {
 }
 
 /// Answers what was carried out, or not, if that can be done now.
-pub fn answer<E: std::error::Error>(call: Call, result: Result<Reply, E>) -> Rest {
+pub fn answer(call: Call, result: Result<Reply, ControlError>) -> Rest {
     let response = match result {
         Ok(Reply::Done) => Response::no_content(),
         Ok(Reply::Json(body)) => Response::json(body),
         Ok(Reply::Text(kind, body)) => Response::with_content_type(kind, body),
         Ok(Reply::Events) => return Rest::Stream(call.stream(CONTENT_TYPE)),
         Ok(Reply::Later(unplug)) => return Rest::Wait(unplug, call),
-        Err(error) => Response::fault(400, &crate::error::chain(&error)),
+        Err(error) => {
+            let status = if error.is_overflow() { 413 } else { 400 };
+            Response::fault(status, &crate::error::chain(&error))
+        }
     };
     call.answer(response);
     Rest::Answered

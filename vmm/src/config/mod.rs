@@ -3,14 +3,17 @@
 
 mod file;
 mod machine;
+mod metadata;
 mod process;
 
 use devices::catalog::DeviceConfig;
+use devices::mmds;
 use devices::virtio::{DeviceKind, balloon, block, mem, net, pmem, rng, vsock};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use file::{ConfigFileError, read_config_file};
 pub use machine::{CpuTemplate, HugePages, MachineConfig, MachinePatch};
+pub use metadata::{MetadataFileError, read_metadata};
 pub use process::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 
 /// The largest guest: vCPUs.
@@ -87,6 +90,9 @@ pub enum ConfigError {
         /// Which value.
         what: String,
     },
+    /// The metadata service could not be reached; the prefix is spelled as clients of the API know it.
+    #[error("MMMDS config error: {0}")]
+    Mmds(#[from] mmds::ConfigError),
     /// A resource id breaks the rules.
     #[error("{0}")]
     Id(&'static str),
@@ -148,9 +154,9 @@ pub struct VmConfig {
     /// Applied at once and not kept.
     #[serde(default)]
     pub metrics: Option<MetricsConfig>,
-    /// Not supported yet.
+    /// The metadata service.
     #[serde(default)]
-    pub mmds_config: Absent,
+    pub mmds_config: Option<mmds::Config>,
     /// Network cards.
     #[serde(default)]
     pub network_interfaces: Vec<net::Config>,
@@ -293,6 +299,17 @@ impl VmConfig {
             });
         }
         put_by(&mut self.network_interfaces, net, |n| &n.iface_id);
+        Ok(())
+    }
+
+    /// Sets how guests reach the metadata service, through interfaces that are there already.
+    pub fn put_mmds_config(&mut self, config: mmds::Config) -> Result<(), ConfigError> {
+        config.validate()?;
+        let exists = |id: &String| self.network_interfaces.iter().any(|net| net.iface_id == *id);
+        if let Some(unknown) = config.network_interfaces.iter().find(|id| !exists(id)) {
+            return Err(mmds::ConfigError::UnknownInterface(unknown.clone()).into());
+        }
+        self.mmds_config = Some(config);
         Ok(())
     }
 

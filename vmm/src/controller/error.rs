@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use devices::catalog::BuildError;
+use devices::mmds::StoreError;
 use devices::virtio::DeviceKind;
 
 use crate::boot::image::ImageError;
@@ -35,6 +36,9 @@ pub enum ControlError {
         /// Why.
         source: BuildError,
     },
+    /// The metadata store refused a document.
+    #[error("{}", refused_metadata(*.0))]
+    Metadata(StoreError),
     /// A live device refused a change, or there is no such device.
     #[error("{}", refused_patch(*kind))]
     Patch {
@@ -100,6 +104,21 @@ pub enum ControlError {
     /// The running machine could not do it.
     #[error("Internal VMM error")]
     Vm(#[source] VmError),
+}
+
+impl ControlError {
+    /// True when the client has sent more than there is room for, which the API answers in a way of its own.
+    pub fn is_overflow(&self) -> bool {
+        matches!(self, Self::Metadata(StoreError::TooLarge))
+    }
+}
+
+/// How the API begins the refusal of metadata.
+fn refused_metadata(error: StoreError) -> String {
+    match error {
+        StoreError::NotInitialized => format!("MMDS error: {error}"),
+        StoreError::TooLarge => format!("MMDS limit exceeded error: {error}"),
+    }
 }
 
 /// The API's word for a kind of device.

@@ -64,6 +64,9 @@ impl Controller {
             let section = config::section(device.kind());
             put(section, Action::PutDevice(Box::new(device)))?;
         }
+        if let Some(mmds) = config.mmds_config {
+            put("mmds-config", Action::PutMmdsConfig(mmds))?;
+        }
         config
             .serial
             .map_or(Ok(()), |serial| put("serial", Action::PutSerial(serial)))

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::catalog::DeviceConfig;
+use devices::mmds;
 use devices::virtio::{DeviceKind, mem};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -111,6 +112,13 @@ impl Controller {
             },
             Action::DeleteDevice { kind, id, unplug } => self.unplug(kind, &id, unplug),
             Action::PatchDevice { kind, id, patch } => self.patch_device(kind, &id, patch),
+            Action::PutMmdsConfig(mmds) => {
+                self.config()?.put_mmds_config(mmds)?;
+                Ok(Reply::Done)
+            }
+            Action::GetMmds => Ok(reply(&*self.metadata()?.get())),
+            Action::PutMmds(document) => metadata_done(self.metadata()?.put(document)),
+            Action::PatchMmds(patch) => metadata_done(self.metadata()?.patch(patch)),
             Action::PutSerial(serial) => self.put_serial(serial),
             Action::PutLogger(logger) => {
                 self.config()?;
@@ -262,6 +270,17 @@ impl Controller {
         Ok(())
     }
 
+    /// What guests can read. After start it is there if it was used before: nobody could read what comes later.
+    fn metadata(&self) -> Result<&mmds::Store, ControlError> {
+        let store = &*self.instance.settings.metadata;
+        match &self.state {
+            State::Running(vm) if vm.config().mmds_config.is_none() && !store.is_initialized() => {
+                Err(ControlError::Metadata(mmds::StoreError::NotInitialized))
+            }
+            _ => Ok(store),
+        }
+    }
+
     fn put_serial(&mut self, serial: SerialConfig) -> Result<Reply, ControlError> {
         let config = self.config()?;
         if let Some(path) = &serial.serial_out_path {
@@ -344,6 +363,10 @@ fn can_come_and_go(kind: DeviceKind) -> bool {
 
 fn done(result: Result<(), VmError>) -> Result<Reply, ControlError> {
     result.map(|()| Reply::Done).map_err(ControlError::Vm)
+}
+
+fn metadata_done(result: Result<(), mmds::StoreError>) -> Result<Reply, ControlError> {
+    result.map(|()| Reply::Done).map_err(ControlError::Metadata)
 }
 
 fn reply(body: &impl Serialize) -> Reply {

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use devices::SharedMemory;
 use devices::acpi::ged::Ged;
 use devices::bus::Bus;
-use devices::catalog::DeviceConfig;
+use devices::catalog::{DeviceConfig, Services};
+use devices::mmds::Mmds;
 use devices::virtio::mmio::{self, MmioVirtio};
 use devices::virtio::{DeviceKind, LaneHost, Report, Transport, VirtioDevice};
 use serde_json::{Value, json};
@@ -41,6 +42,8 @@ pub struct Platform {
     pub device_memory: DeviceMemory,
     /// The loop that runs the devices.
     pub host: Arc<dyn LaneHost>,
+    /// The metadata service.
+    pub mmds: Option<Arc<Mmds>>,
     /// Where broken devices are told of.
     pub events: EventBus,
     /// The event device, which tells the guest of changes on the bus.
@@ -166,7 +169,11 @@ impl DeviceSet {
     /// Makes the device and connects it; gives its slot on the PCI bus.
     fn plug(&mut self, config: DeviceConfig) -> Result<Option<u8>, DeviceSetError> {
         let id = config.id();
-        let built = config.build(&self.platform.device_memory);
+        let services = Services {
+            memory: &self.platform.device_memory,
+            mmds: self.platform.mmds.as_ref(),
+        };
+        let built = config.build(&services);
         let device = built.map_err(|source| DeviceSetError::Build {
             id: id.into(),
             source,

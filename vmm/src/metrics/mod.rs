@@ -10,6 +10,7 @@ mod vcpu;
 
 use devices::catalog::{KINDS, blank_metrics};
 use devices::legacy::{i8042, serial};
+use devices::mmds;
 use devices::virtio::{DeviceKind, InterruptMetrics};
 use serde_json::{Map, Value, json};
 
@@ -25,6 +26,7 @@ pub fn blank_machine() -> Map<String, Value> {
     let zero = json!({
         "i8042": i8042::Metrics::default(),
         "interrupts": InterruptMetrics::default(),
+        "mmds": mmds::Metrics::default(),
         "uart": serial::Metrics::default(),
         "vcpu": VcpuMetrics::default().to_json(&TickRate::start()),
     });

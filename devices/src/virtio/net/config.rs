@@ -3,10 +3,12 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Net, OpenError, Tap};
+use crate::mmds::Mmds;
 use crate::rate_limiter::{RateLimiterConfig, serialize_effective};
 
 /// The smallest MTU: what every IPv4 link must carry (RFC 791).
@@ -151,8 +153,8 @@ impl Config {
         RateLimiterConfig::patch(&mut self.tx_rate_limiter, patch.tx_rate_limiter.as_ref());
     }
 
-    /// Opens the tap and makes the device.
-    pub fn build(&self) -> Result<Net, OpenError> {
+    /// Opens the tap and makes the device, which serves `mmds` when that says so.
+    pub fn build(&self, mmds: Option<&Arc<Mmds>>) -> Result<Net, OpenError> {
         self.validate()?;
         if self.guest_mac.is_some_and(|mac| mac.is_multicast()) {
             log::warn!(
@@ -160,7 +162,13 @@ impl Config {
                 self.iface_id
             );
         }
-        Ok(Net::new(self, Tap::open(&self.host_dev_name)?))
+        let net = Net::new(self, Tap::open(&self.host_dev_name)?);
+        match mmds.filter(|mmds| mmds.is_served_by(&self.iface_id)) {
+            Some(mmds) => net
+                .with_mmds(Arc::clone(mmds))
+                .map_err(|source| OpenError::Mmds { source }),
+            None => Ok(net),
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod backend;
 mod config;
+mod detour;
 pub mod feature;
 mod metrics;
 mod rx;
@@ -17,6 +18,7 @@ mod tx;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -27,12 +29,14 @@ pub use config::{Config, ConfigError, InvalidMac, MIN_MTU, MacAddr, Patch};
 pub use metrics::Metrics;
 pub use tap::{OpenError, Tap};
 
+use self::detour::Detour;
 use self::rx::Rx;
 use self::tx::Tx;
 use super::{
-    Blob, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, StateError, Throttle, UpdateError, Vector,
-    VirtioDevice, feature as virtio,
+    Blob, Buffers, Clock, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, StateError, Throttle,
+    UpdateError, Vector, VirtioDevice, feature as virtio,
 };
+use crate::mmds::Mmds;
 use crate::rate_limiter;
 
 /// Index of the queue for what the guest receives.
@@ -43,10 +47,11 @@ pub const TX: u16 = 1;
 const QUEUE_SIZE: u16 = 256;
 /// The most frames moved in one direction before others have their turn.
 const TURN: usize = 64;
-/// The device's descriptors: the backend, and the timers of the rate limiters.
+/// The device's descriptors: the backend, and the timers of the rate limiters and of the metadata service.
 const BACKEND_TOKEN: u32 = 0;
 const RX_LIMITER_TOKEN: u32 = 1;
 const TX_LIMITER_TOKEN: u32 = 2;
+const MMDS_TOKEN: u32 = 3;
 const KIND: &str = "net";
 /// `status` in the configuration space: the link is up.
 const LINK_UP: u16 = 1;
@@ -62,9 +67,22 @@ enum Progress {
 struct Wire<'a> {
     fd: BorrowedFd<'a>,
     iface_id: &'a str,
+    clock: &'a dyn Clock,
+    /// The metadata service, when the interface serves it.
+    detour: Option<&'a mut Detour>,
+    /// Frames of the tap wait for an event of their own.
+    only_detour: bool,
 }
 
 impl Wire<'_> {
+    /// Whether a frame of the guest is for the metadata service, which then has it.
+    fn takes(&mut self, frame: &Buffers<'_>) -> bool {
+        match &mut self.detour {
+            Some(detour) => detour.take(frame, self.clock),
+            None => false,
+        }
+    }
+
     /// Logs the `count`th failure of `op`; ever fewer of them, as a guest can cause as many as it likes.
     fn complain(&self, op: &str, count: u64, result: &io::Result<usize>) {
         if !count.is_power_of_two() {
@@ -92,6 +110,7 @@ pub struct Net<B = Tap> {
     iface_id: String,
     config_space: [u8; 12],
     backend: B,
+    detour: Option<Box<Detour>>,
     /// The driver's offloads that the backend goes by.
     offloads: u64,
     rx: Rx,
@@ -119,6 +138,7 @@ impl<B: Backend> Net<B> {
             config_space: config_space(config),
             offloads: backend.offloads() & feature::GUEST_OFFLOADS,
             backend,
+            detour: None,
             rx: Rx::new(Throttle::new(config.rx_rate_limiter.as_ref(), RX_LIMITER_TOKEN)),
             tx: Tx {
                 guest_mac: config.guest_mac,
@@ -126,6 +146,12 @@ impl<B: Backend> Net<B> {
             },
             metrics: Metrics::default(),
         }
+    }
+
+    /// The same device, which serves the metadata service too.
+    pub fn with_mmds(mut self, mmds: Arc<Mmds>) -> io::Result<Self> {
+        self.detour = Some(Box::new(Detour::new(mmds)?));
+        Ok(self)
     }
 
     fn start(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -141,6 +167,10 @@ impl<B: Backend> Net<B> {
         }
         self.rx.throttle.activate(io)?;
         self.tx.throttle.activate(io)?;
+        if let Some(detour) = &self.detour {
+            let watched = io.watch.add(detour.timer_fd(), MMDS_TOKEN);
+            watched.map_err(host("watch the timer of the metadata service"))?;
+        }
         let fd = self.backend.as_fd().as_raw_fd();
         io.watch.add(fd, BACKEND_TOKEN).map_err(host("watch the tap"))
     }
@@ -151,12 +181,15 @@ impl<B: Backend> Net<B> {
         }
         self.tx.throttle.begin(io.clock);
         let mut ring = io.queues[usize::from(TX)].open(io.mem)?;
-        let wire = Wire {
+        let mut wire = Wire {
             fd: self.backend.as_fd(),
             iface_id: &self.iface_id,
+            clock: io.clock,
+            detour: self.detour.as_deref_mut(),
+            only_detour: false,
         };
         let (start, sent) = (Instant::now(), self.metrics.tx_count);
-        let progress = self.tx.drain(&wire, &mut ring, &mut self.metrics)?;
+        let progress = self.tx.drain(&mut wire, &mut ring, &mut self.metrics)?;
         if self.metrics.tx_count != sent {
             self.metrics.tap_write_agg.record(start.elapsed());
         }
@@ -166,23 +199,31 @@ impl<B: Backend> Net<B> {
         if progress == Progress::More {
             io.again = Some(TX);
         }
-        self.tx.throttle.settle(io.clock)
+        self.tx.throttle.settle(io.clock)?;
+        if self.detour.as_ref().is_some_and(|detour| detour.has_frame()) {
+            self.receive(true, io)?;
+        }
+        Ok(())
     }
 
-    /// Does nothing before the driver has set the queue up: frames wait in the backend.
-    fn receive(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+    /// Does nothing before the driver has set the queue up: frames wait in the backend. With `only_detour` those of
+    /// the backend wait in any case.
+    fn receive(&mut self, only_detour: bool, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let queue = &mut io.queues[usize::from(RX)];
         if !queue.config().ready || self.rx.throttle.is_holding() {
             return Ok(());
         }
         self.rx.throttle.begin(io.clock);
         let mut ring = queue.open(io.mem)?;
-        let wire = Wire {
+        let mut wire = Wire {
             fd: self.backend.as_fd(),
             iface_id: &self.iface_id,
+            clock: io.clock,
+            detour: self.detour.as_deref_mut(),
+            only_detour,
         };
         let (start, received) = (Instant::now(), self.metrics.rx_count);
-        let progress = self.rx.drain(&wire, &mut ring, &mut self.metrics)?;
+        let progress = self.rx.drain(&mut wire, &mut ring, &mut self.metrics)?;
         if self.metrics.rx_count != received {
             self.metrics.rx_agg.record(start.elapsed());
         }
@@ -190,13 +231,20 @@ impl<B: Backend> Net<B> {
             io.irq.raise(Vector::Queue(RX));
         }
         if progress == Progress::More {
-            io.again = Some(RX);
+            // Of two queues with more to do, only one can be asked for. A turn of the transmit queue leads here again.
+            io.again.get_or_insert(RX);
         }
         self.rx.throttle.settle(io.clock)
     }
 
-    /// Counts an event that ends the device's work.
-    fn checked(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
+    /// Ends an event: counts it when it ends the device's work, and waits for what the metadata service does next.
+    fn checked(&mut self, result: Result<(), DeviceError>, io: &Io<'_>) -> Result<(), DeviceError> {
+        let result = result.and_then(|()| match &mut self.detour {
+            Some(detour) => detour
+                .set_timer(io.clock)
+                .map_err(host("set the timer of the metadata service")),
+            None => Ok(()),
+        });
         self.metrics.event_fails += u64::from(result.is_err());
         result
     }
@@ -223,9 +271,9 @@ impl<B: Backend> VirtioDevice for Net<B> {
             self.transmit(io)
         } else {
             self.metrics.rx_queue_event_count += 1;
-            self.receive(io)
+            self.receive(false, io)
         };
-        self.checked(result)
+        self.checked(result, io)
     }
 
     fn on_event(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -233,24 +281,40 @@ impl<B: Backend> VirtioDevice for Net<B> {
         let result = match token {
             BACKEND_TOKEN => {
                 metrics.rx_tap_event_count += 1;
-                self.receive(io)
+                self.receive(false, io)
             }
             RX_LIMITER_TOKEN if self.rx.throttle.release() => {
                 metrics.rx_event_rate_limiter_count += 1;
-                self.receive(io)
+                self.receive(false, io)
             }
             TX_LIMITER_TOKEN if self.tx.throttle.release() => {
                 metrics.tx_rate_limiter_event_count += 1;
                 self.transmit(io)
             }
+            MMDS_TOKEN => {
+                if let Some(detour) = &mut self.detour {
+                    detour.work(io.clock);
+                }
+                self.receive(true, io)
+            }
             _ => Ok(()),
         };
-        self.checked(result)
+        self.checked(result, io)
+    }
+
+    fn quiesce(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if let Some(detour) = &mut self.detour {
+            detour.pause(io.clock);
+        }
+        Ok(())
     }
 
     fn reset(&mut self) {
         self.rx.reset();
         self.tx.throttle.reset();
+        if let Some(detour) = &mut self.detour {
+            detour.reset();
+        }
     }
 
     fn update(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError> {

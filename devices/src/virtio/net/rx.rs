@@ -4,7 +4,8 @@
 //! the longest frame before each read is slow, as most frames are short, and fails on a small queue. So [`Rx`]
 //! gathers what recent frames needed, and puts a buffer of its own, `spill`, behind: the rare frame that is longer
 //! than expected ends there and is copied on. When the guest has no room for that, the frame is held in `spill`
-//! until it has. There it also waits when the rate limiter does not let it pass, and nothing is read meanwhile.
+//! until it has. There it also waits when the rate limiter does not let it pass, and nothing is read meanwhile. Frames of
+//! the metadata service come in by `spill` too.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -94,7 +95,7 @@ impl Rx {
     /// Receives at most one turn of frames.
     pub(super) fn drain(
         &mut self,
-        wire: &Wire<'_>,
+        wire: &mut Wire<'_>,
         ring: &mut Ring<'_, '_>,
         metrics: &mut Metrics,
     ) -> Result<Progress, QueueError> {
@@ -109,7 +110,7 @@ impl Rx {
 
     fn receive(
         &mut self,
-        wire: &Wire<'_>,
+        wire: &mut Wire<'_>,
         room: &mut Room<'_, '_, '_>,
         metrics: &mut Metrics,
     ) -> Result<Progress, QueueError> {
@@ -133,7 +134,7 @@ impl Rx {
     /// Moves one frame.
     fn step(
         &mut self,
-        wire: &Wire<'_>,
+        wire: &mut Wire<'_>,
         room: &mut Room<'_, '_, '_>,
         metrics: &mut Metrics,
     ) -> Result<Step, QueueError> {
@@ -141,8 +142,16 @@ impl Rx {
         if room.count() == 0 {
             return Ok(Step::NoRoom);
         }
+        if self.held == 0
+            && let Some(detour) = &mut wire.detour
+        {
+            self.held = detour.give(&mut self.spill, wire.clock);
+        }
         if self.held != 0 {
             return self.place(self.held, 0, room, metrics);
+        }
+        if wire.only_detour {
+            return Ok(Step::NoFrame);
         }
         let direct = room.buffers.len();
         match room.buffers.readv(wire.fd, &mut self.spill) {

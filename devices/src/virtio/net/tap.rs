@@ -56,6 +56,12 @@ pub enum OpenError {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// The host has no timer or no random bytes for the metadata service.
+    #[error("cannot set up the metadata service")]
+    Mmds {
+        /// Why not.
+        source: io::Error,
+    },
     /// Anything else.
     #[error("cannot {op} of the tap '{name}'")]
     Host {

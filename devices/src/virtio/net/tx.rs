@@ -24,7 +24,7 @@ impl Tx {
     /// that could fill up, so waiting would only hold back the frames behind.
     pub(super) fn drain(
         &mut self,
-        wire: &Wire<'_>,
+        wire: &mut Wire<'_>,
         ring: &mut Ring<'_, '_>,
         metrics: &mut Metrics,
     ) -> Result<Progress, QueueError> {
@@ -33,6 +33,10 @@ impl Tx {
         metrics.no_tx_avail_buffer += u64::from(ring.pending()? == 0);
         for _ in 0..TURN {
             if ring.pop(&mut chain)? {
+                if is_frame(&chain.readable) && wire.takes(&chain.readable) {
+                    ring.push(chain.head(), 0);
+                    continue;
+                }
                 if is_frame(&chain.readable) && !self.throttle.take(chain.readable.len()) {
                     metrics.tx_rate_limiter_throttled += 1;
                     ring.unpop(1);

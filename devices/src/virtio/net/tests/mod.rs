@@ -2,6 +2,7 @@
 
 mod device;
 mod limits;
+mod mmds;
 mod noise;
 mod rx;
 mod tap;
@@ -86,10 +87,20 @@ impl<'m> Guest<'m> {
     }
 
     fn with(mem: &'m GuestMemory, size: u16, features: u64) -> Self {
+        Self::of(mem, size, features, |net| net)
+    }
+
+    /// A guest of a device that was changed before it was activated.
+    fn of(
+        mem: &'m GuestMemory,
+        size: u16,
+        features: u64,
+        change: impl FnOnce(Net<FakeTap>) -> Net<FakeTap>,
+    ) -> Self {
         let (tap, wire) = FakeTap::new();
         let (rx, tx) = (Driver::new(mem, 0x1000, size), Driver::new(mem, 0x8_0000, size));
         let queues = [rx.queue(false), tx.queue(false)];
-        let net = Net::new(&config(r#","guest_mac":"02:00:00:00:00:01""#), tap);
+        let net = change(Net::new(&config(r#","guest_mac":"02:00:00:00:00:01""#), tap));
         let mut guest = Self {
             mem,
             rx,

@@ -94,7 +94,7 @@ fn device(name: &str) -> Net {
         host_dev_name: name.into(),
         ..config("")
     };
-    let net = config.build();
+    let net = config.build(None);
     ip(&format!("link set {name} up"));
     net.expect("these tests need /dev/net/tun and CAP_NET_ADMIN: run them as root")
 }
