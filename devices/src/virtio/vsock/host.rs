@@ -98,6 +98,14 @@ fn receive(socket: &UnixStream, into: &mut [u8], flags: libc::c_int) -> io::Resu
     usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
+/// Whether the host has no memory for an operation at the moment. No event tells when it has.
+pub(super) fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOBUFS | libc::ENOMEM | libc::EINTR)
+    )
+}
+
 /// Bytes of the guest that a socket has not taken: a ring of [`BUF_ALLOC`] bytes, which exists only while there are
 /// some.
 #[derive(Debug, Default)]
@@ -220,6 +228,13 @@ mod tests {
         assert_eq!(greeting(&socket), Greeting::Incomplete);
         drop(program);
         assert_eq!(greeting(&socket), Greeting::Unusable);
+    }
+
+    #[test]
+    fn tells_a_shortage_from_a_full_socket_and_a_broken_one() {
+        let is = |code| is_shortage(&io::Error::from_raw_os_error(code));
+        assert_eq!([libc::ENOBUFS, libc::ENOMEM, libc::EINTR].map(is), [true; 3]);
+        assert_eq!([libc::EAGAIN, libc::EPIPE, libc::ECONNRESET].map(is), [false; 3]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
 
-use super::{CONNECT_PAUSE, CONNECT_TRIES, Endpoint, Muxer, Stream};
+use super::{CONNECT_TRIES, Endpoint, Muxer, RETRY_PAUSE, Stream};
 use crate::virtio::Buffers;
 use crate::virtio::vsock::connection::{Connection, Event, Phase};
 use crate::virtio::vsock::host;
@@ -82,13 +82,14 @@ impl Muxer {
             return false;
         }
         self.metrics.tx_bytes_count += u64::from(len);
-        let mut taken = 0;
+        let (mut taken, mut shortage) = (0, false);
         match &stream.socket {
             Some(socket) if !stream.connection.host_refuses() => {
                 if stream.pending.is_empty() && len > 0 {
                     match payload.send(socket.as_fd()) {
                         Ok(count) => taken = count,
                         Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                        Err(error) if host::is_shortage(&error) => shortage = true,
                         Err(_) => {
                             self.metrics.tx_write_fails += 1;
                             stream.refuse(&mut self.spare);
@@ -105,6 +106,9 @@ impl Muxer {
         if taken < payload.len() {
             stream.pending.push(payload, taken, &mut self.spare);
             self.await_room(slot, true);
+        }
+        if shortage {
+            self.set_deadline(slot, RETRY_PAUSE);
         }
         true
     }
@@ -139,7 +143,7 @@ impl Muxer {
                 self.schedule(slot);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock && tries < CONNECT_TRIES => {
-                self.set_deadline(slot, CONNECT_PAUSE);
+                self.set_deadline(slot, RETRY_PAUSE);
             }
             Err(error) => {
                 self.metrics.muxer_event_fails += 1;

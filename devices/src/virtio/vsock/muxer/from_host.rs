@@ -8,7 +8,9 @@ use std::time::Instant;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
-use super::{Endpoint, FIRST_HOST_PORT, LISTENER, MAX_CONNECTIONS, Muxer, Stream, TIMER, complain};
+use super::{
+    Endpoint, FIRST_HOST_PORT, LISTENER, MAX_CONNECTIONS, Muxer, RETRY_PAUSE, Stream, TIMER, complain,
+};
 use crate::virtio::Buffers;
 use crate::virtio::vsock::Progress;
 use crate::virtio::vsock::connection::{Connection, Phase};
@@ -194,15 +196,23 @@ impl Muxer {
             Ok(count) => stream
                 .connection
                 .forward(u32::try_from(count).expect("at most a ring")),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) if host::is_shortage(&error) => self.set_deadline(slot, RETRY_PAUSE),
             Err(_) => {
                 self.metrics.tx_flush_fails += 1;
                 stream.refuse(&mut self.spare);
             }
         }
-        if stream.pending.is_empty() {
+        if self.stream(slot).is_some_and(|stream| stream.pending.is_empty()) {
             self.await_room(slot, false);
         }
+    }
+
+    /// Writes what the host had no memory for.
+    pub(super) fn flush_again(&mut self, slot: u32) {
+        self.flush(slot);
+        self.settle(slot);
+        self.schedule(slot);
     }
 }
 

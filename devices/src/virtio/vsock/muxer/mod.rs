@@ -35,9 +35,10 @@ pub const MAX_CONNECTIONS: u32 = 1024;
 const MAX_RESETS: usize = 256;
 /// How long the guest may take to end a connection that the host has closed; Linux waits as long.
 pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
-/// How often a host program is tried that has no room for a connection, and after which time again.
+/// How often a host program is tried that has no room for a connection.
 const CONNECT_TRIES: u32 = 100;
-pub(super) const CONNECT_PAUSE: Duration = Duration::from_millis(20);
+/// When something is tried again of whose possibility no event tells.
+pub(super) const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// The host's ports of connections that host programs began; they run from here to the end.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
@@ -286,7 +287,7 @@ impl Muxer {
         self.metrics.conns_removed += 1;
     }
 
-    fn set_deadline(&mut self, slot: u32, delay: Duration) {
+    pub(super) fn set_deadline(&mut self, slot: u32, delay: Duration) {
         let deadline = Instant::now() + delay;
         let Some(stream) = self.stream(slot) else { return };
         let old = stream.deadline.replace(deadline);
@@ -319,7 +320,8 @@ impl Muxer {
             stream.deadline = None;
             match stream.connection.phase() {
                 Phase::Connecting => self.connect_again(slot),
-                _ => self.kill(slot),
+                Phase::Established | Phase::Draining => self.flush_again(slot),
+                Phase::Requested | Phase::Closing => self.kill(slot),
             }
         }
         self.set_timer();

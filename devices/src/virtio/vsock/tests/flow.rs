@@ -1,5 +1,6 @@
 //! Credit, fairness and batches.
 
+use super::super::muxer::RETRY_PAUSE;
 use super::super::packet::MAX_PAYLOAD;
 use super::*;
 
@@ -133,6 +134,27 @@ fn a_program_that_does_not_read_holds_up_its_own_connection_only() {
     }
     guest.send_data(ports, b"through");
     assert_eq!(read_now(&mut quick), b"through");
+    assert_eq!(guest.counter("conns_killed"), 0);
+}
+
+#[test]
+fn data_for_which_the_host_had_no_memory_is_written_later() {
+    let mem = ram();
+    let mut guest = Guest::new(&mem);
+    let (mut program, ports) = guest.connected();
+    for _ in 0..4 {
+        guest.send_data(ports, &pattern(65_000));
+    }
+    let first = read_now(&mut program);
+    assert!(
+        first.len() < 4 * 65_000,
+        "the socket has taken everything at once"
+    );
+    // As after a write that the host refused for want of memory: no event comes, the time does.
+    guest.vsock.muxer.set_deadline(0, RETRY_PAUSE);
+    guest.vsock.muxer.expire(std::time::Instant::now() + RETRY_PAUSE);
+    let rest = read_now(&mut program);
+    assert!([first, rest].concat() == pattern(65_000).repeat(4));
     assert_eq!(guest.counter("conns_killed"), 0);
 }
 

@@ -95,7 +95,7 @@ fn busy(guest: &Guest<'_>, port: u32) -> (UnixListener, Vec<UnixStream>) {
 
 /// Lets the device's timer expire.
 fn wait_for_timer(guest: &mut Guest<'_>) {
-    std::thread::sleep(super::super::muxer::CONNECT_PAUSE);
+    std::thread::sleep(super::super::muxer::RETRY_PAUSE);
     guest.poll();
 }
 
