@@ -70,7 +70,7 @@ fn bodies_must_be_there_or_not() -> Result {
         "Empty PATCH request."
     );
     assert_eq!(
-        fault(&monitor, "DELETE", "/drives/a", "{}")?,
+        fault(&monitor, "DELETE", "/vsock", "{}")?,
         "Empty Delete request."
     );
     assert_eq!(fault(&monitor, "PUT", "/nope", "")?, "Empty PUT request.");
