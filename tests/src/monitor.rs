@@ -1,5 +1,6 @@
 //! One `mayfly` process, from its start to its end.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
@@ -104,6 +105,25 @@ impl Monitor {
         let statm = fs::read_to_string(format!("/proc/{}/statm", self.pid()))?;
         let pages = statm.split(' ').nth(1).unwrap_or_default();
         Ok(pages.parse::<u64>()? * 4096)
+    }
+
+    /// How often each thread but the vCPUs' has gone to sleep so far, by thread id and name.
+    pub fn wakeups(&self) -> Result<BTreeMap<(u32, String), u64>> {
+        let mut wakeups = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let task = task?;
+            let status = fs::read_to_string(task.path().join("status"))?;
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name));
+                line.map(str::trim).unwrap_or_default()
+            };
+            let name = field("Name:").to_owned();
+            if !name.starts_with("vcpu ") {
+                let id = task.file_name().to_string_lossy().parse()?;
+                wakeups.insert((id, name), field("voluntary_ctxt_switches:").parse()?);
+            }
+        }
+        Ok(wakeups)
     }
 
     /// Its standard output: the guest's console.
