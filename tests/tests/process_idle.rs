@@ -25,6 +25,7 @@ fn a_halted_guest_with_every_device_wakes_no_thread_of_the_monitor() -> Result {
             "vsock",
             json!({"guest_cid": 3, "uds_path": scratch.join("v.sock")}),
         )
+        .section("balloon", json!({"amount_mib": 0, "deflate_on_oom": true}))
         .section("memory-hotplug", json!({"total_size_mib": 1024}))
         .section("pmem", json!([{"id": "p", "path_on_host": pmem}]))
         .config_file()
