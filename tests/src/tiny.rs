@@ -62,6 +62,14 @@ impl TinyKernel {
         self.emit(&[0x31, 0xc0, 0x40, 0x90, 0xc1, 0xe0, 0x02, 0x04, b'L', 0xee])
     }
 
+    /// Writes the lowest byte of a model specific register.
+    pub fn print_msr(self, index: u32) -> Self {
+        // mov ecx, index; rdmsr; mov edx, 0x3f8; out dx, al
+        self.emit(&[0xb9])
+            .emit(&index.to_le_bytes())
+            .emit(&[0x0f, 0x32, 0xba, 0xf8, 0x03, 0, 0, 0xee])
+    }
+
     /// Writes dots for ever, a little apart.
     pub fn dots(self) -> Self {
         // again: mov al, '.'; out dx, al; mov ecx, 2000; wait: loop wait; jmp again

@@ -37,7 +37,6 @@ fn unknown_paths_and_methods_are_named() -> Result {
 fn resources_to_come_are_refused_with_a_reason() -> Result {
     let monitor = monitor()?;
     for (method, path, body) in [
-        ("PUT", "/cpu-config", "{}"),
         ("PUT", "/snapshot/create", "{}"),
         ("PUT", "/snapshot/load", "{}"),
         ("DELETE", "/drives/a", ""),

@@ -151,6 +151,18 @@ fn eight_processors_are_online_and_work() -> Result {
     assert_processors(&vm.guest(), 8)
 }
 
+#[test]
+fn thirty_two_processors_are_online_and_the_last_one_works() -> Result {
+    let vm = TestVm::new("cpus-32").vcpus(32).mem_mib(512).boot()?;
+    let guest = vm.guest();
+    assert_eq!(
+        guest.check("nproc; cat /sys/devices/system/cpu/online")?,
+        "32\n0-31"
+    );
+    assert_eq!(guest.check("taskset -c 31 sh -c 'echo $((6 * 7))'")?, "42");
+    Ok(())
+}
+
 /// The vCPUs that share a core with each vCPU, in order.
 fn siblings(guest: &Guest) -> Result<Vec<String>> {
     let lists = guest.check("cat /sys/devices/system/cpu/cpu[0-9]/topology/thread_siblings_list")?;

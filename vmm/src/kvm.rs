@@ -22,6 +22,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::config::Capability;
 use crate::memory::GuestRegion;
 use crate::x86_64::layout;
 
@@ -52,6 +53,12 @@ pub enum KvmError {
         /// The capability.
         what: &'static str,
     },
+    /// The kernel's KVM lacks something that a CPU template asks for.
+    #[error("this kernel's KVM has no capability {number} (linux/kvm.h), which the CPU template requires")]
+    Capability {
+        /// Its number.
+        number: u32,
+    },
     /// An operation failed.
     #[error("KVM cannot {op}")]
     Operation {
@@ -76,8 +83,32 @@ fn failed(op: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     }
 }
 
-/// Opens `/dev/kvm` and checks what it can do.
-pub fn open() -> Result<Kvm, KvmError> {
+/// What Mayfly cannot do without.
+const NEEDED: [(Cap, &str); 9] = [
+    (Cap::Irqchip, "in-kernel interrupt controller"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::IoeventfdNoLength, "ioeventfd of any length"),
+    (Cap::UserMemory, "user memory"),
+    (Cap::ReadonlyMem, "read-only memory"),
+    (Cap::ImmediateExit, "immediate exit"),
+    (Cap::Pit2, "timer"),
+    (Cap::SignalMsi, "message signalled interrupts"),
+];
+
+/// The capabilities to be checked, by number and, where Mayfly needs it, name.
+fn needed(asked: &[Capability]) -> impl Iterator<Item = (u32, Option<&'static str>)> {
+    let own = NEEDED.iter().map(|(cap, what)| (*cap as u32, Some(*what)));
+    let own = own.filter(|(number, _)| !asked.contains(&Capability::Waived(*number)));
+    let more = asked.iter().filter_map(|capability| match capability {
+        Capability::Required(number) => Some((*number, None)),
+        Capability::Waived(_) => None,
+    });
+    own.chain(more)
+}
+
+/// Opens `/dev/kvm` and checks what it can do: what every machine needs, changed by the `asked` of a CPU template.
+pub fn open(asked: &[Capability]) -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|error| {
         let source = io::Error::from_raw_os_error(error.errno());
         let remedy = match source.kind() {
@@ -94,19 +125,9 @@ pub fn open() -> Result<Kvm, KvmError> {
             what: "interface version 12",
         });
     }
-    let needed = [
-        (Cap::Irqchip, "in-kernel interrupt controller"),
-        (Cap::Irqfd, "irqfd"),
-        (Cap::Ioeventfd, "ioeventfd"),
-        (Cap::IoeventfdNoLength, "ioeventfd of any length"),
-        (Cap::UserMemory, "user memory"),
-        (Cap::ReadonlyMem, "read-only memory"),
-        (Cap::ImmediateExit, "immediate exit"),
-        (Cap::Pit2, "timer"),
-        (Cap::SignalMsi, "message signalled interrupts"),
-    ];
-    match needed.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-        Some((_, what)) => Err(KvmError::Missing { what }),
+    match needed(asked).find(|(number, _)| kvm.check_extension_raw(libc::c_ulong::from(*number)) <= 0) {
+        Some((_, Some(what))) => Err(KvmError::Missing { what }),
+        Some((number, None)) => Err(KvmError::Capability { number }),
         None => Ok(kvm),
     }
 }
@@ -485,6 +506,16 @@ mod tests {
         let routes: Vec<_> = irqchip_routes().collect();
         assert_eq!(routes.len(), 40);
         assert!(routes.iter().all(|route| route.gsi < 24));
+    }
+
+    #[test]
+    fn a_template_adds_and_removes_checks() {
+        let numbers = |asked: &[Capability]| needed(asked).map(|(number, _)| number).collect::<Vec<_>>();
+        let usual = numbers(&[]);
+        let asked = numbers(&[Capability::Required(121), Capability::Waived(Cap::Pit2 as u32)]);
+        assert!(usual.contains(&(Cap::Pit2 as u32)) && !usual.contains(&121));
+        assert!(!asked.contains(&(Cap::Pit2 as u32)) && asked.contains(&121));
+        assert_eq!(asked.len(), usual.len());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError};
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, CpuConfigFileError, CpuConfigSource, VmConfig};
 use crate::device_memory::DeviceMemory;
 use crate::device_set::{DeviceSet, DeviceSetError, Platform, WiringError};
 use crate::event_loop::IoLoop;
@@ -25,6 +25,7 @@ use crate::memory::{self, MemoryError};
 use crate::metrics::prometheus::Exposition;
 use crate::metrics::{TickRate, Totals, add_to_sum};
 use crate::vcpu::{Ended, VcpuHandle, VcpuShared};
+use crate::x86_64::cpu::{Cpu, CpuError};
 use crate::x86_64::{layout, tsc};
 
 /// Why a machine cannot be built, or cannot do what it is asked.
@@ -36,6 +37,12 @@ pub enum VmError {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The file of a CPU template.
+    #[error(transparent)]
+    CpuConfig(#[from] CpuConfigFileError),
+    /// The guest's CPU.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -135,10 +142,16 @@ impl Vm {
         if config.boot_source.kernel_image_path.is_empty() {
             return Err(VmError::NoKernel);
         }
-        let kvm = kvm::open()?;
+        let template = config
+            .cpu_config
+            .as_ref()
+            .map(CpuConfigSource::load)
+            .transpose()?;
+        let kvm = kvm::open(template.as_ref().map_or(&[], |custom| &custom.kvm_capabilities))?;
         let machine = &config.machine_config;
         let ram = memory::create_of(machine.huge_pages, machine.mem_size_mib as u64)?;
         let vm = Arc::new(kvm::Vm::new(&kvm, &ram, machine.track_dirty_pages)?);
+        let cpu = Cpu::new(&kvm, &vm, machine, template)?;
         // What devices add to it is not RAM: the memory map must not have it.
         let memory = SharedMemory::new(ram.clone());
         let free = layout::device_memory((machine.mem_size_mib as u64) << 20, memory::address_limit());
@@ -190,7 +203,7 @@ impl Vm {
             ended,
             reason: Mutex::default(),
         });
-        let vcpus = boot::create_vcpus(&kvm, &vm, &ram, &config.machine_config, entry)?
+        let vcpus = boot::create_vcpus(&vm, &ram, (&cpu, machine.vcpu_count), entry)?
             .into_iter()
             .map(|(id, fd, exit)| VcpuHandle::spawn(id, fd, exit, Arc::clone(&shared)))
             .collect::<io::Result<Vec<_>>>()

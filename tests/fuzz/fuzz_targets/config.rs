@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use vmm::api;
 use vmm::config::VmConfig;
 
-const REQUESTS: [(Method, &str); 13] = [
+const REQUESTS: [(Method, &str); 14] = [
     (Method::Put, "/machine-config"),
     (Method::Patch, "/machine-config"),
     (Method::Put, "/boot-source"),
@@ -23,6 +23,7 @@ const REQUESTS: [(Method, &str); 13] = [
     (Method::Put, "/actions"),
     (Method::Patch, "/vm"),
     (Method::Get, "/vm/config"),
+    (Method::Put, "/cpu-config"),
 ];
 const METHODS: [Method; 4] = [Method::Get, Method::Put, Method::Patch, Method::Delete];
 
@@ -65,8 +66,8 @@ fn config_file(text: &[u8]) {
 /// Puts a config together as the API would; what is refused changes nothing.
 fn check(config: VmConfig) {
     let devices = config.devices();
-    let _ = config.machine_config.validated();
     let mut built = VmConfig::default();
+    let _ = built.put_machine(config.machine_config);
     let _ = built.put_boot_source(config.boot_source);
     for device in devices {
         let before = built.clone();

@@ -72,10 +72,12 @@ fn log_request(request: &Request) {
         api_server::Method::Delete => "Delete",
     };
     let path = &request.path;
-    // Metadata may be secret.
-    let is_secret = path.trim_start_matches('/').split('/').next() == Some("mmds");
+    let resource = path.trim_start_matches('/').split('/').next();
+    // Metadata may be secret; CPU templates are long, and of interest to those who write them.
+    let is_secret = resource == Some("mmds");
+    let too_long = resource == Some("cpu-config") && !log::log_enabled!(log::Level::Debug);
     match &request.body {
-        Some(body) if !is_secret => {
+        Some(body) if !is_secret && !too_long => {
             let body = String::from_utf8_lossy(body);
             log::info!("The API server received a {method} request on {path:?} with body {body:?}.");
         }

@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::config::{
-    BootSource, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
+    BootSource, CpuConfig, LoggerConfig, MachineConfig, MachinePatch, MetricsConfig, SerialConfig, check_id,
 };
 use crate::controller::ControlError;
 use crate::events::CONTENT_TYPE;
@@ -41,6 +41,7 @@ pub enum Action {
     GetMetrics,
     PutMachineConfig(MachineConfig),
     PatchMachineConfig(MachinePatch),
+    PutCpuConfig(Box<CpuConfig>),
     PutBootSource(BootSource),
     PutDevice(Box<DeviceConfig>),
     PatchDevice {
@@ -121,7 +122,7 @@ enum VmState {
 }
 
 /// Resources that Firecracker's API has and this version does not.
-const UNSUPPORTED: [&str; 3] = ["cpu-config", "snapshot", "network-interfaces"];
+const UNSUPPORTED: [&str; 1] = ["snapshot"];
 
 /// Turns a request into an action.
 pub fn route(request: &Request) -> Result<Routed, RouteError> {
@@ -138,6 +139,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Get, "vm") if id == Some("config") => Action::GetVmConfig,
         (Method::Put, "machine-config") => return put_machine_config(body),
         (Method::Patch, "machine-config") => return patch_machine_config(body),
+        (Method::Put, "cpu-config") => Action::PutCpuConfig(json(body)?),
         (Method::Put, "boot-source") => Action::PutBootSource(json(body)?),
         (Method::Put, "drives") => put_drive(id, body)?,
         (Method::Patch, "drives") => patch_drive(id, body)?,

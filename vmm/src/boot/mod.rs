@@ -10,7 +10,7 @@ pub mod initrd;
 pub mod kernel;
 mod params;
 
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryError;
 
 use self::acpi::{AcpiError, AcpiMachine};
@@ -18,11 +18,11 @@ use self::cmdline::{CommandLine, CommandLineError};
 use self::image::{Image, ImageError, ImageKind};
 use self::initrd::InitrdError;
 use self::kernel::{Entry, KernelError, Placement};
-use crate::config::{HugePages, MachineConfig, VmConfig};
+use crate::config::{HugePages, VmConfig};
 use crate::kvm::{self, ImmediateExit, KvmError};
 use crate::memory::GuestMemory;
-use crate::x86_64::cpuid::{self, Topology};
-use crate::x86_64::{VcpuStateError, layout, msrs, registers};
+use crate::x86_64::cpu::Cpu;
+use crate::x86_64::{VcpuStateError, layout, registers};
 
 /// A machine cannot be made ready to boot.
 #[derive(Debug, thiserror::Error)]
@@ -136,26 +136,19 @@ pub fn load(memory: &GuestMemory, plan: &Plan<'_>) -> Result<Entry, BootError> {
 
 /// Makes the vCPUs; the first is about to enter the kernel, the others wait for it to start them.
 pub fn create_vcpus(
-    kvm: &Kvm,
     vm: &kvm::Vm,
     memory: &GuestMemory,
-    machine: &MachineConfig,
+    (cpu, count): (&Cpu<'_>, u8),
     entry: Entry,
 ) -> Result<Vec<(u8, VcpuFd, ImmediateExit)>, BootError> {
-    let supported = kvm::supported_cpuid(kvm)?;
-    let baseline = cpuid::baseline(&supported, vm.has_tsc_deadline());
-    let topology = Topology::new(machine.vcpu_count, machine.smt);
     let make = |id| {
         let (vcpu, exit) = vm.create_vcpu(id)?;
-        // CPUID first: it decides which registers there are.
-        vcpu.set_cpuid2(&cpuid::for_vcpu(&baseline, id, topology))
-            .map_err(VcpuStateError::kvm("set the CPUID"))?;
-        msrs::set_boot_msrs(&vcpu)?;
+        cpu.set_up(&vcpu, id)?;
         registers::set_local_interrupts(&vcpu)?;
         if id == 0 {
             registers::set_entry_state(&vcpu, memory, entry)?;
         }
         Ok((id, vcpu, exit))
     };
-    (0..machine.vcpu_count).map(make).collect()
+    (0..count).map(make).collect()
 }

@@ -15,7 +15,7 @@ pub struct MachineConfig {
     /// Whether two vCPUs share a core in the guest's topology.
     #[serde(default)]
     pub smt: bool,
-    /// A named CPU template; only `None` so far.
+    /// A named CPU template; deprecated in favour of [`super::CpuConfig`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
     /// Whether KVM notes which pages the guest writes, so that a snapshot may hold only those.
@@ -97,8 +97,8 @@ impl MachineConfig {
         }
     }
 
-    /// Checks the values, and leaves out a template that changes nothing.
-    pub fn validated(mut self) -> Result<Self, ConfigError> {
+    /// Checks the values.
+    pub fn validated(self) -> Result<Self, ConfigError> {
         let odd = self.smt && self.vcpu_count > 1 && !self.vcpu_count.is_multiple_of(2);
         if self.vcpu_count == 0 || self.vcpu_count > MAX_VCPUS || odd {
             return Err(ConfigError::VcpuCount(self.vcpu_count));
@@ -108,14 +108,6 @@ impl MachineConfig {
         }
         if self.huge_pages != HugePages::None && !self.mem_size_mib.is_multiple_of(2) {
             return Err(ConfigError::HugePages(self.mem_size_mib));
-        }
-        let unsupported = |what: String| ConfigError::Unsupported {
-            section: "Machine config",
-            what,
-        };
-        match self.cpu_template.take() {
-            None | Some(CpuTemplate::None) => {}
-            Some(template) => return Err(unsupported(format!("cpu_template {template:?}"))),
         }
         Ok(self)
     }

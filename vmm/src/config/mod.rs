@@ -1,6 +1,7 @@
 //! What the user asks for. These types are the API bodies, the sections of the config file and the answer of
 //! `GET /vm/config` all at once; a config is plain data, and nothing is opened while it is checked.
 
+mod cpu;
 mod file;
 mod machine;
 mod metadata;
@@ -11,6 +12,10 @@ use devices::mmds;
 use devices::virtio::{DeviceKind, balloon, block, mem, net, pmem, rng, vsock};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+pub use cpu::{
+    Bitmap, Capability, CpuConfig, CpuConfigFileError, CpuConfigSource, CpuidModifier, MsrModifier,
+    RegisterModifier,
+};
 pub use file::{ConfigFileError, read_config_file};
 pub use machine::{CpuTemplate, HugePages, MachineConfig, MachinePatch};
 pub use metadata::{MetadataFileError, read_metadata};
@@ -82,14 +87,6 @@ pub enum ConfigError {
         /// Who has it.
         id: String,
     },
-    /// A value that later versions will have.
-    #[error("{section} error: {what} is not supported by this version of Mayfly")]
-    Unsupported {
-        /// Which section.
-        section: &'static str,
-        /// Which value.
-        what: String,
-    },
     /// The metadata service could not be reached; the prefix is spelled as clients of the API know it.
     #[error("MMMDS config error: {0}")]
     Mmds(#[from] mmds::ConfigError),
@@ -142,9 +139,9 @@ pub struct VmConfig {
     pub drives: Vec<block::Config>,
     /// What to boot.
     pub boot_source: BootSource,
-    /// Not supported yet.
+    /// A custom CPU template, which goes before one that the machine config names; kept out of answers.
     #[serde(default)]
-    pub cpu_config: Absent,
+    pub cpu_config: Option<CpuConfigSource>,
     /// Applied at once and not kept.
     #[serde(default)]
     pub logger: Option<LoggerConfig>,
@@ -251,20 +248,6 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Sets size and shape.
-    pub fn put_machine(&mut self, machine: MachineConfig) -> Result<(), ConfigError> {
-        let machine = machine.validated()?;
-        let target_mib = self.balloon.as_ref().map_or(0, |balloon| balloon.amount_mib);
-        if !holds(machine.mem_size_mib, target_mib) {
-            return Err(ConfigError::MemoryBelowBalloon {
-                mem_size_mib: machine.mem_size_mib,
-                target_mib,
-            });
-        }
-        self.machine_config = machine;
-        Ok(())
-    }
-
     fn put_pmem(&mut self, pmem: pmem::Config) -> Result<(), ConfigError> {
         if pmem.root_device {
             self.check_only_root("Pmem", DeviceKind::Pmem, &pmem.id)?;
@@ -311,6 +294,31 @@ impl VmConfig {
         }
         self.mmds_config = Some(config);
         Ok(())
+    }
+
+    /// Sets the size and shape of the machine. Without a CPU template in `machine` the present one stays.
+    pub fn put_machine(&mut self, machine: MachineConfig) -> Result<(), ConfigError> {
+        let mut machine = machine.validated()?;
+        let target_mib = self.balloon.as_ref().map_or(0, |balloon| balloon.amount_mib);
+        if !holds(machine.mem_size_mib, target_mib) {
+            return Err(ConfigError::MemoryBelowBalloon {
+                mem_size_mib: machine.mem_size_mib,
+                target_mib,
+            });
+        }
+        match machine.cpu_template {
+            None => machine.cpu_template = self.machine_config.cpu_template,
+            Some(CpuTemplate::None) => (machine.cpu_template, self.cpu_config) = (None, None),
+            Some(_) => self.cpu_config = None,
+        }
+        self.machine_config = machine;
+        Ok(())
+    }
+
+    /// Sets a custom CPU template in place of any other.
+    pub fn put_cpu_config(&mut self, config: CpuConfig) {
+        self.cpu_config = Some(CpuConfigSource::Inline(config));
+        self.machine_config.cpu_template = None;
     }
 
     /// Sets what to boot.

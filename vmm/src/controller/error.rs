@@ -8,7 +8,7 @@ use devices::mmds::StoreError;
 use devices::virtio::DeviceKind;
 
 use crate::boot::image::ImageError;
-use crate::config::ConfigError;
+use crate::config::{ConfigError, CpuConfigFileError};
 use crate::device_set::DeviceSetError;
 use crate::events::MAX_SUBSCRIBERS;
 use crate::vm::{HotplugError, VmError};
@@ -25,6 +25,9 @@ pub enum ControlError {
     /// The values are out of range or contradict the rest of the config.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The file of a CPU template cannot be used.
+    #[error("CPU config error")]
+    CpuConfig(#[from] CpuConfigFileError),
     /// The kernel or the initrd cannot be used.
     #[error("Boot source error")]
     BootSource(#[source] ImageError),

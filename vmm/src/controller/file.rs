@@ -59,6 +59,15 @@ impl Controller {
         let devices = config.devices();
         let mut put = |section, action| self.handle(action).map(drop).map_err(in_section(section));
         put("machine-config", Action::PutMachineConfig(config.machine_config))?;
+        if let Some(source) = config.cpu_config {
+            let template = source
+                .load()
+                .map_err(|error| in_section("cpu-config")(error.into()))?;
+            put(
+                "cpu-config",
+                Action::PutCpuConfig(Box::new(template.into_owned())),
+            )?;
+        }
         put("boot-source", Action::PutBootSource(config.boot_source))?;
         for device in devices {
             let section = config::section(device.kind());

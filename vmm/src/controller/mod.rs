@@ -98,6 +98,10 @@ impl Controller {
                 let config = self.config()?.machine_config.patched(&patch);
                 self.set_machine(config)
             }
+            Action::PutCpuConfig(config) => {
+                self.config()?.put_cpu_config(*config);
+                Ok(Reply::Done)
+            }
             Action::PutBootSource(source) => {
                 let config = self.config()?;
                 check_image(ImageKind::Kernel, Some(&source.kernel_image_path))?;

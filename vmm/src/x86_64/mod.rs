@@ -1,10 +1,12 @@
 //! Everything that is particular to x86_64: where things lie in the guest's address space, and the state in which a
 //! vCPU starts. Called by the control thread while it builds a machine; the vCPU threads only run what was set here.
 
+pub mod cpu;
 pub mod cpuid;
 pub mod layout;
 pub mod msrs;
 pub mod registers;
+pub mod template;
 
 /// KVM refused the state that a vCPU is to start with.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +26,9 @@ pub enum VcpuStateError {
         /// The first register that was refused.
         index: u32,
     },
+    /// A template's registers do not fit this host.
+    #[error(transparent)]
+    Template(#[from] template::TemplateError),
     /// The descriptor table or the page tables do not fit into guest memory.
     #[error("cannot write the boot descriptor and page tables into guest memory")]
     Memory {
