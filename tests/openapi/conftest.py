@@ -20,7 +20,7 @@ def new_machine(tmp_path_factory):
         shutil.copy(os.environ["MAYFLY_TINY_KERNEL"], folder / "kernel")
         machine = Machine(folder)
         machines.append(machine)
-        puts = [operation for operation in operations() if operation.method == "PUT" and operation.before_only]
+        puts = [operation for operation in operations() if operation.configures]
         for operation in puts if configured else []:
             if operation != but:
                 body = Maker(operation, folder).good()

@@ -45,9 +45,9 @@ class Operation:
         return "application/x-ndjson" in self.raw["responses"].get("200", {}).get("content", {})
 
     @property
-    def before_only(self):
-        """Possible before the start only."""
-        return self.states == {"before"}
+    def configures(self):
+        """Sets a part of a machine that is not started."""
+        return self.method == "PUT" and "before" in self.states and self.resource != "actions"
 
     def url(self, body=None, **ids):
         """The path with its parameters filled in: `ids`, else what the body says, else any id."""
