@@ -31,4 +31,4 @@ install: build ## install both binaries into DESTDIR/PREFIX/bin (PREFIX is /usr/
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/mayfly $(RELEASE)/mayfly-jailer
 
 clean: ## remove everything that was built or downloaded
-	rm -rf target build tests/fuzz/target tests/fuzz/artifacts
+	rm -rf target build tests/clients/target tests/fuzz/target tests/fuzz/artifacts

@@ -35,10 +35,13 @@ recorded() {
     fi
 }
 
-# build_tests: compiles the tests of the crate tests/ and prints the paths of the programs, one a line.
+# build_tests: compiles the tests of the crates tests/ and tests/clients/ and prints the paths of the programs, one a line.
 build_tests() {
-    cargo test -p mayfly-tests --tests --no-run --locked --message-format=json-render-diagnostics |
-        sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p'
+    {
+        cargo test -p mayfly-tests --tests --no-run --locked --message-format=json-render-diagnostics
+        cargo test --manifest-path tests/clients/Cargo.toml --tests --no-run --locked \
+            --message-format=json-render-diagnostics
+    } | sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p'
 }
 
 # list_tests PROGRAM...: the tests that the filters choose, one a line: program, name.
@@ -155,7 +158,7 @@ main() {
     esac
     filters=("$@")
     ((EUID == 0)) || die "needs root: tests create network taps, and the lab shares this machine's files"
-    require_tools cc:gcc curl:curl ip:iproute2
+    require_tools cc:gcc curl:curl ip:iproute2 iptables:iptables sysctl:procps
     rm -rf "$LOGS"
     mkdir -p "$LOGS"
     [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --locked -- "${filters[@]}"
@@ -166,6 +169,9 @@ main() {
     if [[ $parts == *life-cycle* || $parts == *guest* ]]; then
         say "building the test programs"
         list=$(build_tests)
+        # The lab has no network to make it from.
+        MAYFLY_CLIENT_PYTHON=$(python_environment tests/clients/requirements.txt)/bin/python
+        export MAYFLY_CLIENT_PYTHON
         for program in $list; do
             if [[ ${program##*/} == guest_* ]]; then guest+=("$program"); else life_cycle+=("$program"); fi
         done
