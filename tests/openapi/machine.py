@@ -103,7 +103,7 @@ class Machine:
 
     def config(self):
         """All that requests can change and see."""
-        return [self.do("GET", path).text for path in ("/", "/machine-config", "/vm/config")]
+        return [self.do("GET", path).text for path in ("/", "/machine-config", "/vm/config", "/mmds")]
 
     def stop(self):
         """Ends the process."""
