@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use vmm::api;
 use vmm::config::VmConfig;
 
-const REQUESTS: [(Method, &str); 14] = [
+const REQUESTS: [(Method, &str); 18] = [
     (Method::Put, "/machine-config"),
     (Method::Patch, "/machine-config"),
     (Method::Put, "/boot-source"),
@@ -24,6 +24,10 @@ const REQUESTS: [(Method, &str); 14] = [
     (Method::Patch, "/vm"),
     (Method::Get, "/vm/config"),
     (Method::Put, "/cpu-config"),
+    (Method::Put, "/balloon"),
+    (Method::Patch, "/balloon"),
+    (Method::Patch, "/balloon/statistics"),
+    (Method::Patch, "/balloon/hinting/start"),
 ];
 const METHODS: [Method; 4] = [Method::Get, Method::Put, Method::Patch, Method::Delete];
 

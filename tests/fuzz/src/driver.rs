@@ -8,7 +8,7 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use devices::testing::{Driver, Inline, Piece, Recorder};
 use devices::virtio::slot::status;
-use devices::virtio::{VirtioDevice, VirtioSlot, feature};
+use devices::virtio::{UpdateError, VirtioDevice, VirtioSlot, feature};
 use devices::{GuestMemory, SharedMemory};
 use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress};
@@ -19,7 +19,7 @@ use crate::MEMORY;
 pub const QUEUE_SIZE: u16 = 16;
 /// Where the rings of queue N lie: `RINGS + N * RINGS_STEP`.
 const RINGS: u64 = 0;
-const RINGS_STEP: u64 = 0x1000;
+const RINGS_STEP: u64 = 0x800;
 /// Where indirect tables lie.
 const TABLES: u64 = 0x4000;
 /// Where request headers lie, [`HEADER_STEP`] bytes apart.
@@ -267,6 +267,28 @@ impl<'m> Machine<'m> {
     /// Changes the device as the control thread does.
     pub fn update(&mut self, patch: Value) {
         self.slot.update(patch).expect("the patch is valid");
+    }
+
+    /// The driver writes to the configuration space.
+    pub fn write_config(&mut self, offset: u64, bytes: &[u8]) {
+        self.slot.write_config(offset, bytes);
+    }
+
+    /// A field of the configuration space.
+    pub fn config(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.slot.read_config(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Changes the device as the control thread does, if the device takes it.
+    pub fn try_update(&mut self, patch: Value) -> Result<(), UpdateError> {
+        self.slot.update(patch)
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Value {
+        self.slot.metrics()
     }
 
     /// Writes to guest memory.
