@@ -13,6 +13,12 @@ const SCHEMA: &[(&str, &str)] = &[
         "process_startup_time_us process_startup_time_cpu_us",
     ),
     (
+        "balloon",
+        "activate_fails inflate_count stats_updates_count stats_update_fails deflate_count event_fails \
+         free_page_report_count free_page_report_freed free_page_report_fails free_page_hint_count \
+         free_page_hint_freed free_page_hint_fails",
+    ),
+    (
         "block",
         "activate_fails cfg_fails no_avail_buffer event_fails execute_fails invalid_reqs_count flush_count \
          queue_event_count rate_limiter_event_count update_count update_fails read_bytes write_bytes read_count \
