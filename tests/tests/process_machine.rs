@@ -195,24 +195,6 @@ fn what_belongs_before_the_start_is_refused_after_it() -> Result {
 }
 
 #[test]
-fn a_drive_or_card_after_the_start_is_refused_for_now() -> Result {
-    let (vm, scratch) = machine("late", &TinyKernel::new().print("up\n").halt())?;
-    let image = scratch.file("image", [0; 4096])?;
-    let vm = started(vm, "up\n")?;
-    let drive = json!({"drive_id": "late", "path_on_host": image, "is_root_device": false});
-    assert_eq!(vm.put("/drives/late", &drive)?.status, 400);
-    assert_eq!(
-        vm.put(
-            "/network-interfaces/a",
-            &json!({"iface_id": "a", "host_dev_name": "mflate0"})
-        )?
-        .status,
-        400
-    );
-    Ok(())
-}
-
-#[test]
 fn ctrl_alt_del_without_a_keyboard_driver_is_refused_with_advice() -> Result {
     let (vm, _scratch) = machine("keys", &TinyKernel::new().print("up\n").halt())?;
     let vm = started(vm, "up\n")?;

@@ -46,7 +46,10 @@ pub(super) fn route<'a>(
             };
             Ok(patch(&Patch::StartHinting(start)))
         }
-        (Method::Patch, "hinting", "stop") => Ok(patch(&Patch::StopHinting)),
+        (Method::Patch, "hinting", "stop") if body.is_empty() => Ok(patch(&Patch::StopHinting)),
+        (Method::Patch, "hinting", "stop") => Err(RouteError::Body(
+            "A PATCH request to /balloon/hinting/stop cannot have a body.",
+        )),
         (_, "hinting", part) => Err(unrecognized(format!("/hinting/{part}"))),
         // Clients know any other path to mean the balloon itself.
         (Method::Patch, ..) => Ok(patch(&Patch::Target(json(body)?))),
