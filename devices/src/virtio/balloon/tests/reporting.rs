@@ -42,6 +42,27 @@ fn keeps_what_is_less_than_a_page() {
 }
 
 #[test]
+fn of_huge_pages_only_whole_ones_come_back() {
+    use vm_memory::{GuestRegionMmap, MmapRegion};
+    const HUGE: u64 = 2 << 20;
+    let size = 8 << 20;
+    let mut mapping = MmapRegion::new(size).unwrap();
+    mapping.set_hugetlbfs(true);
+    let region = GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap();
+    let mem = GuestMemory::from_regions(vec![region]).unwrap();
+    mem.write_slice(&vec![0xaa; size], GuestAddress(0)).unwrap();
+    let mut guest = Guest::new(&mem, &reporting());
+    guest.offer(2, &[writable(HUGE + 4096, 5 << 20)]);
+    let zero = [HUGE + 4096, 2 * HUGE, 3 * HUGE - 4096, 3 * HUGE].map(|at| guest.is_zero(at));
+    assert_eq!(zero, [false, true, true, false]);
+    assert_eq!(guest.count("free_page_report_freed"), HUGE);
+
+    let pages: Vec<u32> = (0x400..0x500).collect();
+    guest.send_pfns(0, &pages);
+    assert!(!guest.is_zero(HUGE) && guest.count("event_fails") == 0);
+}
+
+#[test]
 fn ignores_queues_that_no_feature_is_for() {
     let mem = memory();
     let device = reporting().build().unwrap();
