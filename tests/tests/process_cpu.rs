@@ -1,6 +1,8 @@
 //! CPU templates of machines whose guest is a few instructions: what fits this host starts, and what does not is refused
 //! with a reason, after which the machine can still be started.
 
+use std::path::Path;
+
 use mayfly_tests::{Monitor, MonitorBuilder, Response, Result, TestVm, TinyKernel, Vm};
 use serde_json::{Value, json};
 
@@ -166,6 +168,31 @@ fn a_template_that_a_config_file_cannot_have_is_named() -> Result {
         assert_eq!(monitor.wait_exit()?, 1);
         let said = monitor.stderr().text();
         assert!(words.iter().all(|word| said.contains(word)), "{words:?}: {said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn checking_a_config_file_reads_the_template_that_it_names() -> Result {
+    let scratch = mayfly_tests::Scratch::new("template")?;
+    let kernel = TinyKernel::new().halt().write(&scratch)?;
+    let good = scratch.file("good.json", leaf_0("ebx", "0bx").to_string())?;
+    for (template, code, word) in [
+        (good.as_path(), 0, ""),
+        (Path::new("/nonexistent"), 1, "section 'cpu-config'"),
+    ] {
+        let builder = MonitorBuilder::new("check")?.without_api_socket();
+        let config = TestVm::new("")
+            .kernel(&kernel)
+            .section("cpu-config", json!(template));
+        std::fs::write(builder.dir().join("config.json"), config.config()?.to_string())?;
+        let monitor = builder.args(["--check-config", "config.json"]).spawn()?;
+        assert_eq!(monitor.wait_exit()?, code);
+        assert!(
+            monitor.stderr().text().contains(word),
+            "{}",
+            monitor.stderr().text()
+        );
     }
     Ok(())
 }
