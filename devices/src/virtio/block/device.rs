@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::file::Image;
-use super::request::{Limits, Request, SERIAL, Status};
-use super::{CacheType, Config, Metrics, OpenError, Patch, SECTOR};
+use super::request::{Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Request, SERIAL, Status};
+use super::{Backend, CacheType, Config, Metrics, OpenError, Patch, SECTOR, backend};
 use crate::rate_limiter;
 use crate::virtio::{
     Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, Ring,
@@ -20,14 +19,18 @@ const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
 
 const QUEUE_SIZE: u16 = 256;
 /// The index of the only queue.
 const QUEUE: u16 = 0;
 /// Data segments in a request: all descriptors but those of header and status.
 const SEG_MAX: u32 = 254;
-/// The fields of `struct virtio_blk_config` up to `blk_size`, the last that an offered feature uses.
-const CONFIG_SIZE: usize = 24;
+/// Sectors to which discards are best aligned: most file systems give back blocks of 4 KiB.
+const DISCARD_ALIGNMENT: u32 = 8;
+/// The fields of `struct virtio_blk_config` up to `write_zeroes_may_unmap`, with its padding.
+const CONFIG_SIZE: usize = 60;
 
 /// A run of the queue ends after this many requests or this much time, whichever comes first. Then the answers go
 /// out and the other devices of the loop have their turn. So an answer waits for few others when the disk is slow, and
@@ -53,7 +56,8 @@ struct State {
 /// A virtio block device.
 pub struct Block {
     info: DeviceInfo,
-    image: Image,
+    config: Config,
+    backend: Box<dyn Backend>,
     flush: bool,
     throttle: Throttle,
     serial: [u8; SERIAL],
@@ -66,20 +70,24 @@ pub struct Block {
 impl Block {
     /// Opens the image of a valid config and makes the device.
     pub(super) fn new(config: &Config) -> Result<Self, OpenError> {
-        let path = config.path_on_host.as_deref().unwrap_or_default();
-        let image = Image::open(path, config.read_only())?;
+        let backend = backend::open(config)?;
         let flush = config.cache_type == CacheType::Writeback;
         let mut features = feature::COMMON | F_SEG_MAX | F_BLK_SIZE;
         features |= if flush { F_FLUSH } else { 0 };
-        features |= if config.read_only() { F_RO } else { 0 };
+        features |= if config.read_only() {
+            F_RO
+        } else {
+            F_DISCARD | F_WRITE_ZEROES
+        };
         Ok(Self {
             info: DeviceInfo {
                 kind: DeviceKind::Block,
                 queue_sizes: vec![QUEUE_SIZE],
                 features,
             },
-            config_space: config_space(&image),
-            image,
+            config_space: config_space(&*backend, config.read_only()),
+            config: config.clone(),
+            backend,
             flush,
             throttle: Throttle::new(config.rate_limiter.as_ref(), LIMITER_TOKEN),
             serial: serial(&config.drive_id),
@@ -134,8 +142,8 @@ impl Block {
             return Some(0);
         };
         let limits = Limits {
-            sectors: self.image.sectors(),
-            read_only: self.image.read_only(),
+            sectors: self.sectors(),
+            read_only: self.config.read_only(),
             flush: self.flush,
         };
         let (status, written) = match Request::parse(chain, limits) {
@@ -181,20 +189,35 @@ impl Block {
         match request {
             Request::Read { offset } => {
                 let bytes = chain.writable.len();
-                self.image.read(offset, &mut chain.writable)?;
+                self.backend.read(offset, &mut chain.writable)?;
                 Ok(bytes)
             }
             Request::Write { offset } => {
                 let bytes = chain.readable.len();
-                self.image.write(offset, &mut chain.readable)?;
-                if write_through {
-                    self.image.sync()?;
-                }
-                Ok(bytes)
+                self.backend.write(offset, &mut chain.readable)?;
+                self.write_through(write_through).map(|()| bytes)
             }
-            Request::Flush => self.image.sync().map(|()| 0),
+            Request::Flush => self.backend.sync().map(|()| 0),
             Request::GetId => Ok(chain.writable.write(0, &self.serial)),
+            Request::Discard { offset, len } => self.backend.discard(offset..offset + len).map(|()| 0),
+            Request::WriteZeroes {
+                offset,
+                len,
+                may_unmap,
+            } => {
+                self.backend.write_zeroes(offset..offset + len, may_unmap)?;
+                self.write_through(write_through).map(|()| 0)
+            }
         }
+    }
+
+    /// Makes what was written durable, when the driver counts on that.
+    fn write_through(&self, wanted: bool) -> io::Result<()> {
+        if wanted { self.backend.sync() } else { Ok(()) }
+    }
+
+    fn sectors(&self) -> u64 {
+        self.backend.size() / SECTOR
     }
 
     /// Counts a request that was carried out; returns how many of its bytes went to the guest.
@@ -220,6 +243,14 @@ impl Block {
                 0
             }
             Request::GetId => bytes,
+            Request::Discard { .. } => {
+                metrics.discard_agg.record(time);
+                0
+            }
+            Request::WriteZeroes { .. } => {
+                metrics.write_zeroes_agg.record(time);
+                0
+            }
         }
     }
 
@@ -255,16 +286,19 @@ impl Block {
         patch
             .validate()
             .map_err(|error| UpdateError::Device(error.into()))?;
-        let limits = patch.rate_limiter.as_ref();
-        self.throttle.prepare(limits, io)?;
-        if let Some(path) = &patch.path_on_host {
-            let image = Image::open(path, self.image.read_only())
-                .map_err(|error| UpdateError::Device(error.into()))?;
-            // Requests are synchronous, so none is on its way to the old image.
-            self.config_space = config_space(&image);
-            self.image = image;
+        let limits = patch.rate_limiter;
+        self.throttle.prepare(limits.as_ref(), io)?;
+        let swap = patch.path_on_host.is_some();
+        let mut config = self.config.clone();
+        config.patch(patch);
+        if swap {
+            let backend = backend::open(&config).map_err(|error| UpdateError::Device(error.into()))?;
+            // Requests are synchronous, so none is on its way to the old one.
+            self.config_space = config_space(&*backend, config.read_only());
+            self.backend = backend;
         }
-        self.throttle.patch(limits);
+        self.config = config;
+        self.throttle.patch(limits.as_ref());
         Ok(())
     }
 
@@ -321,8 +355,8 @@ impl VirtioDevice for Block {
 
     fn save(&self) -> Blob {
         let state = State {
-            sectors: self.image.sectors(),
-            read_only: self.image.read_only(),
+            sectors: self.sectors(),
+            read_only: self.config.read_only(),
             rate_limiter: self.throttle.save(),
         };
         Blob::new(KIND, STATE_VERSION, &state)
@@ -331,7 +365,7 @@ impl VirtioDevice for Block {
     fn load(&mut self, state: Blob) -> Result<(), StateError> {
         let state: State = state.open(KIND, STATE_VERSION)?;
         let inconsistent = |what| StateError::Inconsistent { kind: KIND, what };
-        let (serial, sectors) = (self.serial_text(), self.image.sectors());
+        let (serial, sectors) = (self.serial_text(), self.sectors());
         if state.sectors != sectors {
             return Err(inconsistent(format!(
                 "drive '{serial}' had {} sectors of {SECTOR} bytes and its image has {sectors}: \
@@ -339,7 +373,7 @@ impl VirtioDevice for Block {
                 state.sectors
             )));
         }
-        if state.read_only != self.image.read_only() {
+        if state.read_only != self.config.read_only() {
             return Err(inconsistent(format!(
                 "is_read_only of drive '{serial}' is not what it was at the snapshot"
             )));
@@ -357,16 +391,27 @@ impl VirtioDevice for Block {
             ("read", metrics.read_agg.spread),
             ("write", metrics.write_agg.spread),
             ("flush", metrics.flush_agg.spread),
+            ("discard", metrics.discard_agg.spread),
+            ("write_zeroes", metrics.write_zeroes_agg.spread),
         ]
     }
 }
 
-/// `struct virtio_blk_config` (virtio 1.2 §5.2.4): capacity, size_max, seg_max, geometry, blk_size.
-fn config_space(image: &Image) -> [u8; CONFIG_SIZE] {
+/// `struct virtio_blk_config` (virtio 1.2 §5.2.4), of which the unnamed fields belong to features that are not offered.
+fn config_space(backend: &dyn Backend, read_only: bool) -> [u8; CONFIG_SIZE] {
     let mut space = [0; CONFIG_SIZE];
-    space[..8].copy_from_slice(&image.sectors().to_le_bytes());
-    space[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
-    space[20..].copy_from_slice(&512u32.to_le_bytes());
+    let mut put = |at: usize, value: u32| space[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    put(12, SEG_MAX);
+    put(20, 512);
+    if !read_only {
+        put(36, MAX_DISCARD_SECTORS);
+        put(40, 1);
+        put(44, DISCARD_ALIGNMENT);
+        put(48, MAX_WRITE_ZEROES_SECTORS);
+        put(52, 1);
+        put(56, 1);
+    }
+    space[..8].copy_from_slice(&(backend.size() / SECTOR).to_le_bytes());
     space
 }
 

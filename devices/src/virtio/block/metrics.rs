@@ -50,4 +50,10 @@ pub struct Metrics {
     /// How long flushes took.
     #[serde(skip)]
     pub flush_agg: Latency,
+    /// How long discards took.
+    #[serde(skip)]
+    pub discard_agg: Latency,
+    /// How long write-zeroes requests took.
+    #[serde(skip)]
+    pub write_zeroes_agg: Latency,
 }

@@ -1,21 +1,22 @@
-//! The virtio block device (virtio 1.2 §5.2) over a raw image.
+//! The virtio block device (virtio 1.2 §5.2).
 //!
 //! [`Config`] is what the user asks for and [`Patch`] how a live drive changes; [`Block`] is the device. A request is
-//! taken apart and checked by `request` with no I/O, then carried out on the image in `file`, straight between the
-//! guest's pages and the host's page cache.
+//! taken apart and checked by `request` with no I/O, then carried out on a [`Backend`], of which `raw` is the one for raw
+//! images. To add a backend, implement the trait and let `backend::open` choose it.
 //!
 //! The control thread builds the device. From DRIVER_OK to reset it runs on an io loop, with synchronous system calls:
 //! a slow disk holds up the devices of its loop, but no vCPU.
 
+mod backend;
 mod config;
 mod device;
-mod file;
 mod metrics;
+mod raw;
 mod request;
 
+pub use backend::{Backend, OpenError};
 pub use config::{CacheType, Config, ConfigError, IoEngine, Patch};
 pub use device::Block;
-pub use file::OpenError;
 pub use metrics::Metrics;
 
 /// Bytes in a sector, the unit of every size and position in the protocol (virtio 1.2 §5.2.4).

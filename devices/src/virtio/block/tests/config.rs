@@ -155,7 +155,11 @@ fn hides_the_tail_behind_the_last_whole_sector() {
 fn tells_the_guest_its_limits() {
     let device = device(&image(3 * 512));
     let space = device.config_space();
-    assert_eq!(space.len(), 24);
+    assert_eq!(space.len(), 60);
     assert_eq!(space[12..16], 254u32.to_le_bytes());
     assert_eq!(space[20..24], 512u32.to_le_bytes());
+    // One segment each, of 1 GiB and 16 MiB at most, and what is made zero may be deallocated.
+    let field = |at| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());
+    assert_eq!([36, 40, 44].map(field), [1 << 21, 1, 8]);
+    assert_eq!([48, 52, 56].map(field), [1 << 15, 1, 1]);
 }

@@ -1,6 +1,7 @@
 //! Tests of the drive, with a driver in plain memory and images in temporary files.
 
 mod config;
+mod discard;
 mod limits;
 mod live;
 mod noise;
@@ -25,6 +26,8 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 
 const OK: u8 = 0;
 const IO_ERROR: u8 = 1;

@@ -145,7 +145,7 @@ fn answers_an_unknown_type_as_unsupported() {
     let (image, mem) = (image(512), testing::memory(1 << 20));
     let (mut device, mut guest) = (device(&image), Guest::new(&mem));
     assert_eq!(
-        guest.request(&mut device, 11, 0, &[writable(DATA, 512)]),
+        guest.request(&mut device, 12, 0, &[writable(DATA, 512)]),
         (UNSUPPORTED, 1)
     );
     assert_eq!(device.metrics()["invalid_reqs_count"], 1);
@@ -316,5 +316,14 @@ fn counts_bytes_requests_and_times() {
         .iter()
         .map(|(name, spread)| (*name, spread.count()))
         .collect();
-    assert_eq!(counts, [("read", 1), ("write", 1), ("flush", 0)]);
+    assert_eq!(
+        counts,
+        [
+            ("read", 1),
+            ("write", 1),
+            ("flush", 0),
+            ("discard", 0),
+            ("write_zeroes", 0)
+        ]
+    );
 }

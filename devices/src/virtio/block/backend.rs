@@ -1,0 +1,105 @@
+//! [`Backend`]: what holds a drive's bytes, and [`open`], which makes the one that a config asks for.
+
+use std::io;
+use std::ops::Range;
+
+use super::raw::Raw;
+use super::{Config, ConfigError, SECTOR};
+use crate::virtio::Buffers;
+
+/// What holds a drive's bytes: a run of [`Backend::size`] bytes that the guest reads and writes.
+///
+/// The control thread opens it; the io loop that owns the device works on it. A call returns when it is done, and may
+/// block on the host's disk. Whoever calls has checked that offsets and ranges lie within the size.
+pub trait Backend: Send + Sync {
+    /// Bytes. Any that make no whole sector are not for the guest.
+    fn size(&self) -> u64;
+    /// Fills `buffers` from `offset` on. What is left in `buffers` then is of no meaning.
+    fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()>;
+    /// Writes `buffers` at `offset`. What is left in `buffers` then is of no meaning.
+    fn write(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()>;
+    /// Makes all that was done before durable.
+    fn sync(&self) -> io::Result<()>;
+    /// Gives back the space of a range that nobody needs any more, as far as the host can. What a read finds there
+    /// afterwards is not defined, but it comes from this drive.
+    fn discard(&self, range: Range<u64>) -> io::Result<()>;
+    /// Makes a range read as zeros, and gives its space back if `may_unmap` says so and the host can.
+    fn write_zeroes(&self, range: Range<u64>, may_unmap: bool) -> io::Result<()>;
+}
+
+/// Opens what holds the bytes of a valid config's drive. Never blocks, creates or shortens anything.
+pub(super) fn open(config: &Config) -> Result<Box<dyn Backend>, OpenError> {
+    let path = config.path_on_host.as_deref().unwrap_or_default();
+    let backend = Raw::open(path, config.read_only())?;
+    let size = backend.size();
+    if size < SECTOR {
+        let path = path.to_owned();
+        return Err(OpenError::TooSmall { path, size });
+    }
+    let tail = size % SECTOR;
+    if tail != 0 {
+        log::warn!(
+            "the disk image '{path}' has {size} bytes, which is not a multiple of {SECTOR}: \
+             the guest will not see the last {tail} bytes"
+        );
+    }
+    Ok(Box::new(backend))
+}
+
+/// Why a drive could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The config is not valid.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// There is no such file.
+    #[error(
+        "the disk image '{path}' does not exist: check path_on_host, and that every folder in it is there"
+    )]
+    Missing {
+        /// The image.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The process may not open it.
+    #[error("no permission to open the disk image '{path}' {mode}: change its owner or mode{hint}")]
+    Denied {
+        /// The image.
+        path: String,
+        /// What it was to be opened for.
+        mode: &'static str,
+        /// Another remedy.
+        hint: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("'{path}' is {found}: a drive needs a regular file or a block device")]
+    NotADisk {
+        /// What was given.
+        path: String,
+        /// What it is.
+        found: &'static str,
+    },
+    /// Smaller than one sector.
+    #[error(
+        "the disk image '{path}' has {size} bytes, less than one sector of {SECTOR}: make it larger (truncate -s)"
+    )]
+    TooSmall {
+        /// The image.
+        path: String,
+        /// Bytes in it.
+        size: u64,
+    },
+    /// Anything else that the system refused.
+    #[error("cannot {op} the disk image '{path}'")]
+    Host {
+        /// What was tried.
+        op: &'static str,
+        /// The image.
+        path: String,
+        /// Why not.
+        source: io::Error,
+    },
+}
