@@ -15,6 +15,7 @@
 pub mod acpi;
 pub mod bus;
 pub mod catalog;
+pub mod counters;
 pub mod legacy;
 pub mod memory_host;
 pub mod mmds;

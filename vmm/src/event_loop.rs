@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{self, JoinHandle};
 
@@ -17,28 +18,73 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::logger::{self, FATAL};
 
-/// The lane id that no lane has: its events are messages.
-const MESSAGES: LaneId = LaneId::MAX;
+/// Names a lane on its loop.
+type Number = u32;
+/// The number that no lane has: its events are messages.
+const MESSAGES: Number = Number::MAX;
 /// Events taken per `epoll_wait`.
 const BATCH: usize = 32;
 
 enum Message {
-    Attach(Box<Lane>, SyncSender<LaneId>),
-    Detach(LaneId, SyncSender<Box<Lane>>),
-    Run(LaneId, Job),
+    Attach(Box<Lane>, SyncSender<Number>),
+    Detach(Number, SyncSender<Box<Lane>>),
+    Run(Number, Job),
     End,
 }
 
-/// A running io loop, as slots see it. Dropping it ends the loop and its lanes.
-pub struct IoLoop {
+/// The io loops of a machine. A lane goes to the loop that has the fewest at that moment, the first of several: so
+/// devices spread, and so do the siblings of a device, which come one after the other.
+pub struct IoLoops(Vec<IoLoop>);
+
+impl IoLoops {
+    /// Starts that many loops, at least one, on threads called `io 0`, `io 1` and so on.
+    pub fn spawn(count: u8) -> io::Result<Self> {
+        let spawn = |index| IoLoop::spawn(&format!("io {index}"));
+        Ok(Self((0..count.max(1)).map(spawn).collect::<io::Result<_>>()?))
+    }
+
+    /// The loop of a lane, and the lane's number there.
+    fn find(&self, id: LaneId) -> (&IoLoop, Number) {
+        let (place, number) = split(id);
+        let io_loop = usize::try_from(place).ok().and_then(|place| self.0.get(place));
+        (io_loop.expect("a slot names its own lane"), number)
+    }
+}
+
+impl LaneHost for IoLoops {
+    fn attach(&self, lane: Box<Lane>) -> LaneId {
+        let loops = (0u32..).zip(&self.0);
+        let (place, io_loop) = loops
+            .min_by_key(|(_, io_loop)| io_loop.lanes.load(Ordering::Relaxed))
+            .expect("there is a loop");
+        io_loop.lanes.fetch_add(1, Ordering::Relaxed);
+        join(place, io_loop.attach(lane))
+    }
+
+    fn detach(&self, id: LaneId) -> Box<Lane> {
+        let (io_loop, number) = self.find(id);
+        let lane = io_loop.detach(number);
+        io_loop.lanes.fetch_sub(1, Ordering::Relaxed);
+        lane
+    }
+
+    fn run(&self, id: LaneId, job: Job) {
+        let (io_loop, number) = self.find(id);
+        io_loop.send(Message::Run(number, job));
+    }
+}
+
+/// A running io loop. Dropping it ends the loop and its lanes.
+struct IoLoop {
     messages: Sender<Message>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
+    /// How many lanes it has; loose order, as it only guides where the next one goes.
+    lanes: AtomicUsize,
 }
 
 impl IoLoop {
-    /// Starts a loop on a thread called `name`.
-    pub fn spawn(name: &str) -> io::Result<Self> {
+    fn spawn(name: &str) -> io::Result<Self> {
         let (messages, inbox) = mpsc::channel();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
@@ -58,7 +104,20 @@ impl IoLoop {
             messages,
             wake,
             thread,
+            lanes: AtomicUsize::new(0),
         })
+    }
+
+    fn attach(&self, lane: Box<Lane>) -> Number {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Message::Attach(lane, reply));
+        answer.recv().expect("an io loop answers every message")
+    }
+
+    fn detach(&self, number: Number) -> Box<Lane> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Message::Detach(number, reply));
+        answer.recv().expect("an io loop answers every message")
     }
 
     fn send(&self, message: Message) {
@@ -78,24 +137,6 @@ impl Drop for IoLoop {
     }
 }
 
-impl LaneHost for IoLoop {
-    fn attach(&self, lane: Box<Lane>) -> LaneId {
-        let (reply, answer) = mpsc::sync_channel(1);
-        self.send(Message::Attach(lane, reply));
-        answer.recv().expect("an io loop answers every message")
-    }
-
-    fn detach(&self, id: LaneId) -> Box<Lane> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        self.send(Message::Detach(id, reply));
-        answer.recv().expect("an io loop answers every message")
-    }
-
-    fn run(&self, id: LaneId, job: Job) {
-        self.send(Message::Run(id, job));
-    }
-}
-
 struct Running {
     lane: Box<Lane>,
     /// What the loop watches for the lane, to be forgotten with it.
@@ -105,8 +146,8 @@ struct Running {
 struct Worker {
     epoll: Epoll,
     inbox: Receiver<Message>,
-    lanes: BTreeMap<LaneId, Running>,
-    next: LaneId,
+    lanes: BTreeMap<Number, Running>,
+    next: Number,
 }
 
 impl Worker {
@@ -171,7 +212,7 @@ impl Worker {
         ControlFlow::Continue(())
     }
 
-    fn attach(&mut self, mut lane: Box<Lane>) -> LaneId {
+    fn attach(&mut self, mut lane: Box<Lane>) -> Number {
         let id = self.next;
         // Ids are never used twice, so that an event of a former lane cannot reach a later one.
         self.next = self
@@ -189,7 +230,7 @@ impl Worker {
         id
     }
 
-    fn detach(&mut self, id: LaneId) -> Box<Lane> {
+    fn detach(&mut self, id: Number) -> Box<Lane> {
         let Running { lane, fds } = self.lanes.remove(&id).expect("a slot names its own lane");
         for fd in fds {
             // A descriptor that the device has closed is gone from the set already.
@@ -204,7 +245,7 @@ impl Worker {
 /// Registers descriptors for one lane.
 struct LaneWatch<'a> {
     epoll: &'a Epoll,
-    id: LaneId,
+    id: Number,
     fds: RefCell<&'a mut Vec<RawFd>>,
 }
 
@@ -222,19 +263,27 @@ impl Watch for LaneWatch<'_> {
     }
 }
 
-fn watch(epoll: &Epoll, fd: RawFd, id: LaneId, token: u32) -> io::Result<()> {
+fn watch(epoll: &Epoll, fd: RawFd, id: Number, token: u32) -> io::Result<()> {
     let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
     epoll.ctl(
         ControlOperation::Add,
         fd,
-        EpollEvent::new(events, u64::from(id) << 32 | u64::from(token)),
+        EpollEvent::new(events, join(id, token)),
     )
 }
 
-fn split(data: u64) -> (LaneId, u32) {
-    let [t0, t1, t2, t3, l0, l1, l2, l3] = data.to_le_bytes();
+/// Two numbers as one: a lane's and a token, or a loop's and a lane's.
+fn join(high: u32, low: u32) -> u64 {
+    u64::from(high) << 32 | u64::from(low)
+}
+
+fn split(both: u64) -> (u32, u32) {
+    let [l0, l1, l2, l3, h0, h1, h2, h3] = both.to_le_bytes();
     (
+        u32::from_le_bytes([h0, h1, h2, h3]),
         u32::from_le_bytes([l0, l1, l2, l3]),
-        u32::from_le_bytes([t0, t1, t2, t3]),
     )
 }
+
+#[cfg(test)]
+mod tests;

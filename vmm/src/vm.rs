@@ -17,7 +17,7 @@ use crate::boot::{self, BootError};
 use crate::config::{ConfigError, CpuConfigFileError, CpuConfigSource, VmConfig};
 use crate::device_memory::DeviceMemory;
 use crate::device_set::{DeviceSet, DeviceSetError, Platform, WiringError};
-use crate::event_loop::IoLoop;
+use crate::event_loop::IoLoops;
 use crate::events::EventBus;
 use crate::kvm::{self, KvmError};
 use crate::legacy::{Legacy, LegacyError};
@@ -160,7 +160,8 @@ impl Vm {
         let mut command_line = boot::command_line(&config)?;
         let pci = settings.pci && !command_line.has_value("pci", "off");
 
-        let io_loop = IoLoop::spawn("io 0").map_err(|source| VmError::Host {
+        let io_loops = IoLoops::spawn(machine.io_threads.unwrap_or(1));
+        let io_loops = io_loops.map_err(|source| VmError::Host {
             op: "start an io loop",
             source,
         })?;
@@ -171,7 +172,7 @@ impl Vm {
             mmio: Arc::clone(&mmio),
             memory: memory.clone(),
             device_memory: DeviceMemory::new(Arc::clone(&vm), memory.clone(), free),
-            host: Arc::new(io_loop),
+            host: Arc::new(io_loops),
             events: settings.events.clone(),
             ged: legacy.event_device(),
             mmds: mmds.clone(),

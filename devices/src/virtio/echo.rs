@@ -1,9 +1,11 @@
 //! A device for the tests of slot and transports: it copies what a chain has to read into what it has to write.
 
+use std::sync::{Arc, Mutex};
+
 use serde_json::{Value, json};
 
 use super::{
-    Blob, Chain, DeviceError, DeviceInfo, DeviceKind, Io, Ring, StateError, UpdateError, Vector,
+    Blob, Chain, DeviceError, DeviceInfo, DeviceKind, Io, Ring, Sibling, StateError, UpdateError, Vector,
     VirtioDevice, feature,
 };
 
@@ -13,11 +15,16 @@ pub(super) const QUEUE_SIZE: u16 = 8;
 /// Where the bytes of the configuration space begin that the driver may write.
 const WRITABLE: usize = 4;
 
+/// What a sibling was called for.
+pub(super) type Journal = Arc<Mutex<Vec<&'static str>>>;
+
 /// The device.
 pub(super) struct Echo {
     info: DeviceInfo,
     config: Vec<u8>,
     served: u64,
+    sibling: Option<Box<Echo>>,
+    journal: Option<Journal>,
 }
 
 impl Echo {
@@ -31,6 +38,26 @@ impl Echo {
             },
             config: b"config".to_vec(),
             served: 0,
+            sibling: None,
+            journal: None,
+        }
+    }
+
+    /// Such a device with a sibling for its second queue, which keeps a journal.
+    pub(super) fn twins(journal: &Journal) -> Self {
+        let sibling = Self {
+            journal: Some(Arc::clone(journal)),
+            ..Self::new()
+        };
+        Self {
+            sibling: Some(Box::new(sibling)),
+            ..Self::new()
+        }
+    }
+
+    fn note(&self, what: &'static str) {
+        if let Some(journal) = &self.journal {
+            journal.lock().unwrap().push(what);
         }
     }
 }
@@ -63,11 +90,34 @@ impl VirtioDevice for Echo {
         }
     }
 
+    fn split(&mut self) -> Vec<Sibling> {
+        let sibling = |device: Box<Echo>| Sibling {
+            device,
+            queues: vec![1],
+        };
+        self.sibling.take().map(sibling).into_iter().collect()
+    }
+
+    fn refresh(&mut self, _: &mut Io<'_>) {
+        self.note("refresh");
+    }
+
     fn activate(&mut self, _: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.note("activate");
         Ok(())
     }
 
+    fn quiesce(&mut self, _: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.note("quiesce");
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.note("reset");
+    }
+
     fn on_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.note(if queue == 0 { "queue 0" } else { "queue 1" });
         let mut ring = io.queues[usize::from(queue)].open(io.mem)?;
         serve(&mut ring, &mut self.served)?;
         if ring.needs_interrupt() {

@@ -18,28 +18,29 @@ use super::{
 use crate::SharedMemory;
 use crate::timer::HostClock;
 
-/// Names a lane on its loop.
-pub type LaneId = u32;
+/// Names a lane among those of all loops.
+pub type LaneId = u64;
 
 /// Work to be done on the loop's thread with the lane in hand.
 pub type Job = Box<dyn FnOnce(&mut Lane, &dyn Watch) + Send>;
 
-/// An io loop as slots see it. Every call waits until the loop has done it.
+/// The io loops as slots see them.
 pub trait LaneHost: Send + Sync {
-    /// Hands the lane to the loop, which calls [`Lane::start`] and then feeds it events.
+    /// Hands the lane to a loop, which calls [`Lane::start`] and then feeds it events. Waits until it has started.
     fn attach(&self, lane: Box<Lane>) -> LaneId;
-    /// Takes the lane back; the loop has forgotten all its descriptors.
+    /// Takes the lane back; its loop has forgotten all its descriptors.
     fn detach(&self, id: LaneId) -> Box<Lane>;
-    /// Runs `job` on the loop.
+    /// Runs `job` on the lane's loop, soon.
     fn run(&self, id: LaneId, job: Job);
 }
 
 /// Tokens below are queue indexes, those from here on the device's own.
 const DEVICE_TOKENS: u32 = 1 << 16;
 
-/// A running device.
+/// A running device, or one of its siblings.
 pub struct Lane {
     pub(super) device: Box<dyn VirtioDevice>,
+    /// All queues by index; those of a sibling are not ready here.
     pub(super) queues: Vec<Queue>,
     pub(super) kicks: Vec<Arc<EventFd>>,
     pub(super) memory: SharedMemory,
@@ -98,15 +99,16 @@ impl Lane {
     pub fn on_event(&mut self, token: u32, watch: &dyn Watch) {
         // A token behind the queues' range is never a queue: `start` gave out the indexes.
         match u16::try_from(token) {
+            Ok(queue) if !self.serves(queue) => {}
             Ok(queue) => self.call(watch, |device, io| device.on_queue(queue, io)),
             Err(_) => self.call(watch, |device, io| device.on_event(token - DEVICE_TOKENS, io)),
         }
     }
 
-    /// Finishes what is in flight and holds events back until [`Lane::resume`].
-    pub fn pause(&mut self, watch: &dyn Watch) {
+    /// Finishes what is in flight and holds events back until [`Lane::resume`]; false when that was so already.
+    pub fn pause(&mut self, watch: &dyn Watch) -> bool {
         self.call(watch, |device, io| device.quiesce(io));
-        self.paused = true;
+        !std::mem::replace(&mut self.paused, true)
     }
 
     /// Takes events again, and replays every one that may have come during the pause.
@@ -114,9 +116,9 @@ impl Lane {
         if !std::mem::take(&mut self.paused) {
             return;
         }
-        for queue in 0..self.queues.len() {
-            if self.queues[queue].config().ready {
-                let queue = u16::try_from(queue).expect("a device has few queues");
+        let count = u16::try_from(self.queues.len()).expect("a device has few queues");
+        for queue in 0..count {
+            if self.serves(queue) {
                 self.call(watch, |device, io| device.on_queue(queue, io));
             }
         }
@@ -131,15 +133,29 @@ impl Lane {
         Ok(self.config.set(self.device.config_space()))
     }
 
+    /// Follows the first of the siblings, which has changed or was loaded.
+    pub fn refresh(&mut self, watch: &dyn Watch) {
+        let followed = self.lend(watch, |device, io| {
+            device.refresh(io);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        let Ok(()) = followed;
+    }
+
     /// The driver writes to the configuration space, inside of it.
     pub fn write_config(&mut self, offset: usize, data: &[u8]) {
         self.device.write_config(offset, data);
         self.config.set(self.device.config_space());
     }
 
-    /// The device's state and its queues.
-    pub fn save(&self) -> (Blob, Vec<Queue>) {
-        (self.device.save(), self.queues.clone())
+    /// The device's state.
+    pub fn save(&self) -> Blob {
+        self.device.save()
+    }
+
+    /// All queues; those of siblings are not ready.
+    pub fn queues(&self) -> Vec<Queue> {
+        self.queues.clone()
     }
 
     /// What the device tells about itself beyond its config.
@@ -155,6 +171,12 @@ impl Lane {
     /// How long what the device did took.
     pub fn histograms(&self) -> Vec<(&'static str, Histogram)> {
         self.device.histograms()
+    }
+
+    /// Whether the driver has set a queue up, and no sibling serves it.
+    fn serves(&self, queue: u16) -> bool {
+        let queue = self.queues.get(usize::from(queue));
+        queue.is_some_and(|queue| queue.config().ready)
     }
 
     /// Ends the lane: the device goes back to its slot.

@@ -25,6 +25,14 @@ impl Histogram {
         self.sum_ns = self.sum_ns.saturating_add(ns);
     }
 
+    /// Counts what another one has counted.
+    pub fn add(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count += more;
+        }
+        self.sum_ns = self.sum_ns.saturating_add(other.sum_ns);
+    }
+
     /// Each bound in nanoseconds, and how many durations were at most that long.
     pub fn cumulative(&self) -> impl Iterator<Item = (u64, u64)> {
         let bounds = (0..).map(|bucket| 1 << (FIRST_BOUND + bucket));
@@ -119,6 +127,13 @@ mod tests {
         assert_eq!(cumulative[21], (1 << 31, 3));
         assert_eq!(cumulative[23], (1 << 33, 4));
         assert_eq!((histogram.count(), histogram.sum_ns()), (5, 65_000_002_510));
+    }
+
+    #[test]
+    fn adds_the_counts_of_another_one() {
+        let mut sum = recorded(&[10, 1500]);
+        sum.add(&recorded(&[20, 60_000_000_000]));
+        assert_eq!(sum, recorded(&[10, 1500, 20, 60_000_000_000]));
     }
 
     #[test]

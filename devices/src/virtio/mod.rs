@@ -217,6 +217,14 @@ pub enum UpdateError {
     },
 }
 
+/// A part of a device that serves queues of its own.
+pub struct Sibling {
+    /// The part.
+    pub device: Box<dyn VirtioDevice>,
+    /// Its queues. The others stay with the device that it was split off from.
+    pub queues: Vec<u16>,
+}
+
 /// The behaviour of a virtio device.
 ///
 /// It owns its backend and its counters; memory, queues and interrupt are lent per call. Between `activate` and
@@ -224,6 +232,15 @@ pub enum UpdateError {
 pub trait VirtioDevice: Send {
     /// Plain facts, the same for the whole life.
     fn info(&self) -> &DeviceInfo;
+    /// Splits off what serves some of the queues beside this device, each in a lane of its own and perhaps on another
+    /// thread. Called once, by the slot. Siblings share behind an `Arc` of their own what they must; the first one, this
+    /// device, has the configuration space, is changed, and saves and loads for all.
+    fn split(&mut self) -> Vec<Sibling> {
+        Vec::new()
+    }
+    /// The device that this one was split off from has changed, or was loaded: takes over what they share. Nothing of
+    /// either is in flight.
+    fn refresh(&mut self, _io: &mut Io<'_>) {}
     /// The device's configuration space; it is shown to the driver after creation, `reset`, `update` and
     /// `write_config`, and otherwise when the device sets [`Io::config`].
     fn config_space(&self) -> &[u8];

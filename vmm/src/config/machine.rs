@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, MAX_VCPUS, MIN_MEMORY_MIB};
+use super::{ConfigError, MAX_IO_THREADS, MAX_VCPUS, MIN_MEMORY_MIB};
 
 /// Size and shape of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +24,9 @@ pub struct MachineConfig {
     /// Page size behind guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
+    /// Threads that run the devices, 1 to [`MAX_IO_THREADS`]. Absent is 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_threads: Option<u8>,
 }
 
 impl Default for MachineConfig {
@@ -35,6 +38,7 @@ impl Default for MachineConfig {
             cpu_template: None,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
+            io_threads: None,
         }
     }
 }
@@ -75,6 +79,7 @@ pub struct MachinePatch {
     pub cpu_template: Option<CpuTemplate>,
     pub track_dirty_pages: Option<bool>,
     pub huge_pages: Option<HugePages>,
+    pub io_threads: Option<u8>,
 }
 
 impl MachinePatch {
@@ -94,6 +99,7 @@ impl MachineConfig {
             cpu_template: patch.cpu_template.or(self.cpu_template),
             track_dirty_pages: patch.track_dirty_pages.unwrap_or(self.track_dirty_pages),
             huge_pages: patch.huge_pages.unwrap_or(self.huge_pages),
+            io_threads: patch.io_threads.or(self.io_threads),
         }
     }
 
@@ -108,6 +114,11 @@ impl MachineConfig {
         }
         if self.huge_pages != HugePages::None && !self.mem_size_mib.is_multiple_of(2) {
             return Err(ConfigError::HugePages(self.mem_size_mib));
+        }
+        if let Some(count) = self.io_threads
+            && !(1..=MAX_IO_THREADS).contains(&count)
+        {
+            return Err(ConfigError::IoThreads(count));
         }
         Ok(self)
     }

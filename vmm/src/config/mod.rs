@@ -25,6 +25,8 @@ pub use process::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub const MAX_VCPUS: u8 = 32;
 /// The smallest guest memory that holds the boot structures and a kernel, in MiB.
 pub const MIN_MEMORY_MIB: usize = 16;
+/// The most threads that run devices.
+pub const MAX_IO_THREADS: u8 = 16;
 /// The longest kernel command line, in bytes without the terminating zero.
 pub const MAX_BOOT_ARGS: usize = 2047;
 
@@ -42,6 +44,9 @@ pub enum ConfigError {
     /// Memory is not made of whole huge pages.
     #[error("Machine config error: mem_size_mib is {0}; with huge_pages it must be a multiple of 2")]
     HugePages(usize),
+    /// The count of io threads is out of range.
+    #[error("Machine config error: io_threads is {0}; it must be 1 to {MAX_IO_THREADS}")]
+    IoThreads(u8),
     /// The command line is too long.
     #[error("Boot source error: boot_args is {0} bytes long; at most {MAX_BOOT_ARGS} fit")]
     BootArgs(usize),

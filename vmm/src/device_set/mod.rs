@@ -40,7 +40,7 @@ pub struct Platform {
     pub memory: SharedMemory,
     /// Memory that devices add to it.
     pub device_memory: DeviceMemory,
-    /// The loop that runs the devices.
+    /// The loops that run the devices.
     pub host: Arc<dyn LaneHost>,
     /// The metadata service.
     pub mmds: Option<Arc<Mmds>>,

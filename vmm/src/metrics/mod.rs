@@ -14,6 +14,7 @@ use devices::mmds;
 use devices::virtio::{DeviceKind, InterruptMetrics};
 use serde_json::{Map, Value, json};
 
+pub use devices::counters::add_to_sum;
 pub use sink::MetricsSink;
 pub use vcpu::{TickRate, VcpuMetrics};
 
@@ -68,30 +69,6 @@ impl Totals {
     }
 }
 
-/// Adds counters to those of the same names.
-pub fn add_to_sum(sum: &mut Map<String, Value>, counters: &Value) {
-    let Value::Object(counters) = counters else { return };
-    for (key, value) in counters {
-        let entry = sum.entry(key.clone());
-        match value {
-            Value::Object(_) => {
-                if let Value::Object(inner) = entry.or_insert_with(|| Value::Object(Map::new())) {
-                    add_to_sum(inner, value);
-                }
-            }
-            _ => {
-                let entry = entry.or_insert(Value::from(0u64));
-                let (old, new) = (entry.as_u64().unwrap_or(0), value.as_u64().unwrap_or(0));
-                *entry = Value::from(match key.as_str() {
-                    "max_us" => old.max(new),
-                    "min_us" if old != 0 && new != 0 => old.min(new),
-                    _ => old.saturating_add(new),
-                });
-            }
-        }
-    }
-}
-
 /// Whether a value is what it is, and not a count of what has happened.
 pub(crate) fn is_absolute(group: &str, key: &str) -> bool {
     group == "latencies_us" || group == "api_server" || matches!(key, "min_us" | "max_us")
@@ -100,23 +77,6 @@ pub(crate) fn is_absolute(group: &str, key: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sums_devices_of_one_kind() {
-        let mut sum = Map::new();
-        add_to_sum(
-            &mut sum,
-            &json!({"a": 1, "agg": {"min_us": 4, "max_us": 9, "sum_us": 1}}),
-        );
-        add_to_sum(
-            &mut sum,
-            &json!({"a": 2, "agg": {"min_us": 3, "max_us": 7, "sum_us": 1}}),
-        );
-        assert_eq!(
-            Value::Object(sum),
-            json!({"a": 3, "agg": {"min_us": 3, "max_us": 9, "sum_us": 2}})
-        );
-    }
 
     #[test]
     fn a_line_has_the_sum_of_a_kind_and_each_device_that_has_a_name() {

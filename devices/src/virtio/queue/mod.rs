@@ -143,6 +143,12 @@ impl Queue {
         Ok(queue)
     }
 
+    /// The same queue as a lane has it that does not serve it.
+    pub(super) fn not_ready(mut self) -> Self {
+        self.config.ready = false;
+        self
+    }
+
     /// What the driver set up.
     pub fn config(&self) -> &QueueConfig {
         &self.config

@@ -2,23 +2,24 @@
 //! status machine, queue set-up and a copy of the configuration space.
 //!
 //! It holds the device while the driver is not ready. At DRIVER_OK it moves the device and its queues into a
-//! [`Lane`] on an io loop; a reset brings the device back. vCPU threads and the control thread use it under the
+//! [`Lane`](super::Lane) on an io loop, and each sibling into one of its own; a reset brings them back. vCPU threads and the control thread use it under the
 //! transport's lock; the io loop never does, so waiting for the loop while holding that lock is safe.
 
-use std::sync::{Arc, mpsc};
+mod family;
+
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::family::Devices;
 use super::{
-    Blob, ConfigSpace, DeviceInfo, Health, Histogram, InterruptMetrics, Io, Irq, Lane, LaneHost, LaneId,
-    Queue, QueueConfig, Report, StateError, UpdateError, Vector, VirtioDevice, Watch, feature,
+    Blob, ConfigSpace, DeviceInfo, Health, Histogram, InterruptMetrics, Irq, LaneHost, LaneId, Queue,
+    QueueConfig, Report, StateError, UpdateError, Vector, VirtioDevice, Watch, feature,
 };
 use crate::SharedMemory;
 use crate::bus::BusDevice;
-use crate::timer::HostClock;
 
 /// Device status bits (virtio 1.2 §2.1).
 pub mod status {
@@ -71,11 +72,10 @@ pub struct SlotState {
     device: Blob,
 }
 
+/// Where the device is with its siblings; the device itself comes first.
 enum Half {
-    Idle(Box<dyn VirtioDevice>),
-    Running(LaneId),
-    /// Only while a device is handed over.
-    Moving,
+    Idle(Devices),
+    Running(Vec<LaneId>),
 }
 
 /// The front half of a device.
@@ -90,14 +90,14 @@ pub struct VirtioSlot {
     memory: SharedMemory,
     host: Arc<dyn LaneHost>,
     half: Half,
+    /// For each queue, which sibling serves it.
+    owners: Vec<usize>,
 }
 
-/// A device that is unplugged while it runs leaves its loop.
+/// A device that is unplugged while it runs leaves its loops.
 impl Drop for VirtioSlot {
     fn drop(&mut self) {
-        if let Half::Running(id) = self.half {
-            drop(self.host.detach(id));
-        }
+        self.deactivate();
     }
 }
 
@@ -129,6 +129,8 @@ impl VirtioSlot {
             .collect();
         let kick = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new);
         let kicks = queues.iter().map(kick).collect::<Result<_, _>>()?;
+        let config = Arc::new(ConfigSpace::new(device.config_space()));
+        let (devices, owners) = family::split(device);
         Ok(Self {
             driver: DriverState {
                 device_features_select: 0,
@@ -139,9 +141,10 @@ impl VirtioSlot {
                 queues,
             },
             kicks,
-            config: Arc::new(ConfigSpace::new(device.config_space())),
+            config,
             health: Arc::default(),
-            half: Half::Idle(device),
+            half: Half::Idle(devices),
+            owners,
             info,
             irq,
             memory,
@@ -277,24 +280,20 @@ impl VirtioSlot {
         };
         copy.copy_from_slice(data);
         match &mut self.half {
-            Half::Idle(device) => {
-                device.write_config(offset, data);
-                self.config.set(device.config_space());
+            Half::Idle(devices) => {
+                devices[0].write_config(offset, data);
+                self.config.set(devices[0].config_space());
             }
-            _ => self.on_lane(move |lane, _| lane.write_config(offset, &bytes[..len])),
+            Half::Running(lanes) => {
+                let first = lanes[0];
+                self.on_lane(first, move |lane, _| lane.write_config(offset, &bytes[..len]));
+            }
         }
     }
 
     /// Takes the device back from the loop and forgets the driver.
     pub fn reset(&mut self) {
-        self.half = match std::mem::replace(&mut self.half, Half::Moving) {
-            Half::Running(id) => {
-                let device = self.host.detach(id).into_device();
-                self.config.set(device.config_space());
-                Half::Idle(device)
-            }
-            idle => idle,
-        };
+        self.deactivate();
         self.health.set_broken(false);
         self.driver = DriverState {
             device_features_select: 0,
@@ -313,28 +312,7 @@ impl VirtioSlot {
 
     /// Changes the device; the driver is told when its configuration space is another one then.
     pub fn update(&mut self, patch: Value) -> Result<(), UpdateError> {
-        let differs = match &mut self.half {
-            Half::Idle(device) => {
-                let memory = self.memory.memory();
-                let (irq, features) = (&*self.irq, self.driver.features);
-                device.update(
-                    patch,
-                    &mut Io {
-                        mem: &memory,
-                        queues: &mut [],
-                        irq,
-                        watch: &NoWatch,
-                        config: &self.config,
-                        clock: &HostClock,
-                        features,
-                        again: None,
-                    },
-                )?;
-                self.config.set(device.config_space())
-            }
-            _ => self.on_lane(move |lane, watch| lane.update(patch, watch))?,
-        };
-        if differs {
+        if self.change(patch)? {
             self.irq.raise(Vector::Config);
         }
         Ok(())
@@ -343,49 +321,50 @@ impl VirtioSlot {
     /// What the device tells about itself beyond its config.
     pub fn device_status(&self) -> Value {
         match &self.half {
-            Half::Idle(device) => device.status(),
-            _ => self.on_lane(|lane, _| lane.device_status()),
+            Half::Idle(devices) => devices[0].status(),
+            Half::Running(lanes) => self.on_lane(lanes[0], |lane, _| lane.device_status()),
         }
     }
 
-    /// The device's counters.
+    /// The device's counters, those of its siblings included.
     pub fn metrics(&self) -> Value {
-        match &self.half {
-            Half::Idle(device) => device.metrics(),
-            _ => self.on_lane(|lane, _| lane.metrics()),
-        }
+        family::sum_metrics(match &self.half {
+            Half::Idle(devices) => devices.iter().map(|device| device.metrics()).collect(),
+            Half::Running(lanes) => self.on_lanes(lanes, |lane, _| lane.metrics()),
+        })
     }
 
-    /// How long what the device did took.
+    /// How long what the device and its siblings did took.
     pub fn histograms(&self) -> Vec<(&'static str, Histogram)> {
-        match &self.half {
-            Half::Idle(device) => device.histograms(),
-            _ => self.on_lane(|lane, _| lane.histograms()),
-        }
+        family::sum_histograms(match &self.half {
+            Half::Idle(devices) => devices.iter().map(|device| device.histograms()).collect(),
+            Half::Running(lanes) => self.on_lanes(lanes, |lane, _| lane.histograms()),
+        })
     }
 
     /// Lets the device finish what is in flight and hold events back. The vCPUs have stopped before.
     pub fn pause(&self) {
-        if let Half::Running(_) = self.half {
-            self.on_lane(|lane, watch| lane.pause(watch));
+        if let Half::Running(lanes) = &self.half {
+            self.on_lanes(lanes, |lane, watch| lane.pause(watch));
         }
     }
 
     /// Lets the device go on. The vCPUs start after.
     pub fn resume(&self) {
-        if let Half::Running(_) = self.half {
-            self.on_lane(|lane, watch| lane.resume(watch));
+        if let Half::Running(lanes) = &self.half {
+            self.on_lanes(lanes, |lane, watch| lane.resume(watch));
         }
     }
 
     /// The state of slot and device. The machine is paused.
     pub fn save(&self) -> SlotState {
         let (device, running) = match &self.half {
-            Half::Idle(device) => (device.save(), None),
-            _ => {
-                let (device, queues) = self.on_lane(|lane, _| lane.save());
-                (device, Some(queues))
+            Half::Running(lanes) => {
+                let device = self.on_lane(lanes[0], |lane, _| lane.save());
+                let queues = self.on_lanes(lanes, |lane, _| lane.queues());
+                (device, Some(self.join_queues(&queues)))
             }
+            Half::Idle(devices) => (devices[0].save(), None),
         };
         SlotState {
             driver: self.driver.clone(),
@@ -422,12 +401,13 @@ impl VirtioSlot {
         if running.is_some() && state.driver.status & status::DRIVER_OK == 0 {
             return Err(inconsistent("the device runs, but its driver is not ready"));
         }
-        let Half::Idle(device) = &mut self.half else {
+        let Half::Idle(devices) = &mut self.half else {
             return Err(inconsistent("the slot is in use"));
         };
-        device.load(state.device)?;
+        devices[0].load(state.device)?;
         self.config
-            .restore(device.config_space(), state.config_generation);
+            .restore(devices[0].config_space(), state.config_generation);
+        self.refresh_idle();
         self.driver = state.driver;
         self.health.set_broken(state.needs_reset);
         if let Some(queues) = state.running {
@@ -439,59 +419,6 @@ impl VirtioSlot {
     fn features_acceptable(&self) -> bool {
         let accepted = self.driver.features;
         accepted & !self.info.features == 0 && accepted & feature::VERSION_1 != 0
-    }
-
-    /// Moves the device into a lane. A queue that the driver set up wrongly makes the device need a reset.
-    fn activate(&mut self, restored: Option<Vec<Queue>>) {
-        let memory = self.memory.memory();
-        let event_idx = self.driver.features & feature::EVENT_IDX != 0;
-        let make = || {
-            self.driver
-                .queues
-                .iter()
-                .map(|config| Queue::new(*config, event_idx, &memory))
-                .collect()
-        };
-        let paused = restored.is_some();
-        let queues = match restored.map_or_else(make, Ok::<Vec<Queue>, super::QueueError>) {
-            Ok(queues) => queues,
-            Err(error) => {
-                return self.health.fail(self.info.kind, &error, &*self.irq);
-            }
-        };
-        let Half::Idle(device) = std::mem::replace(&mut self.half, Half::Moving) else {
-            unreachable!("only an idle slot is activated: a reset came before a second DRIVER_OK");
-        };
-        let lane = Lane {
-            device,
-            queues,
-            kicks: self.kicks.clone(),
-            memory: self.memory.clone(),
-            irq: Arc::clone(&self.irq),
-            config: Arc::clone(&self.config),
-            features: self.driver.features,
-            health: Arc::clone(&self.health),
-            paused,
-            tokens: Vec::new(),
-        };
-        self.half = Half::Running(self.host.attach(Box::new(lane)));
-    }
-
-    /// Runs `work` on the loop that owns the lane, and waits for its answer.
-    fn on_lane<R: Send + 'static>(
-        &self,
-        work: impl FnOnce(&mut Lane, &dyn Watch) -> R + Send + 'static,
-    ) -> R {
-        let Half::Running(id) = self.half else {
-            unreachable!("the caller has seen that the slot is running")
-        };
-        let (answer, result) = mpsc::sync_channel(1);
-        let job = move |lane: &mut Lane, watch: &dyn Watch| {
-            // The receiver waits below.
-            let _ = answer.send(work(lane, watch));
-        };
-        self.host.run(id, Box::new(job));
-        result.recv().expect("the loop runs every job it takes")
     }
 }
 

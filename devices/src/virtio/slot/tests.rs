@@ -2,14 +2,17 @@ use serde_json::json;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
+use vm_memory::GuestAddressSpace;
+
 use super::*;
 use crate::testing::{Driver, Inline, Recorder, memory, readable, recorder, writable};
-use crate::virtio::echo::{Echo, QUEUE_SIZE};
+use crate::virtio::echo::{Echo, Journal, QUEUE_SIZE};
 
 const NEGOTIATING: u8 = status::ACKNOWLEDGE | status::DRIVER;
 const NEGOTIATED: u8 = NEGOTIATING | status::FEATURES_OK;
 const READY: u8 = NEGOTIATED | status::DRIVER_OK;
 const RING: u64 = 0x1000;
+const OTHER_RING: u64 = 0x2000;
 
 struct Setup {
     slot: VirtioSlot,
@@ -23,9 +26,13 @@ fn setup() -> Setup {
 }
 
 fn in_memory(memory: SharedMemory) -> Setup {
+    with_device(Echo::new(), memory)
+}
+
+fn with_device(device: Echo, memory: SharedMemory) -> Setup {
     let (host, irq) = (Arc::<Inline>::default(), recorder());
     let slot = VirtioSlot::new(
-        Box::new(Echo::new()),
+        Box::new(device),
         Arc::clone(&irq) as Arc<dyn Irq>,
         memory.clone(),
         Arc::clone(&host) as Arc<dyn LaneHost>,
@@ -342,4 +349,126 @@ fn refuses_a_state_with_other_queues_or_features() {
         setup.slot.load(running),
         Err(StateError::Inconsistent { .. })
     ));
+}
+
+/// A device that has a sibling for its second queue, both queues set up; and the sibling's journal.
+fn start_twins(memory: &SharedMemory) -> (Setup, Journal) {
+    let journal = Journal::default();
+    let mut setup = with_device(Echo::twins(&journal), memory.clone());
+    let memory = memory.memory();
+    negotiate(&mut setup.slot);
+    for (queue, base) in [RING, OTHER_RING].into_iter().enumerate() {
+        setup.slot.driver.queue_select = u16::try_from(queue).unwrap();
+        *setup.slot.queue_mut().unwrap() = Driver::new(&memory, base, QUEUE_SIZE).config();
+    }
+    setup.slot.set_status(READY);
+    (setup, journal)
+}
+
+fn taken(journal: &Journal) -> Vec<&'static str> {
+    std::mem::take(&mut journal.lock().unwrap())
+}
+
+#[test]
+fn each_sibling_serves_its_own_queue_in_its_own_lane() {
+    let memory = SharedMemory::new(memory(0x10000));
+    let (setup, journal) = start_twins(&memory);
+    let plain = memory.memory();
+    let (mut one, mut two) = (
+        Driver::new(&plain, RING, QUEUE_SIZE),
+        Driver::new(&plain, OTHER_RING, QUEUE_SIZE),
+    );
+    assert_eq!((setup.host.len(), taken(&journal)), (2, vec!["activate"]));
+    one.offer(&[readable(0x4000, 4), writable(0x5000, 4)]);
+    setup.host.event(0);
+    assert_eq!(
+        (one.used(), two.used(), taken(&journal)),
+        (Some((0, 4)), None, vec![])
+    );
+    two.offer(&[readable(0x4000, 4), writable(0x5000, 4)]);
+    setup.host.event(1);
+    assert_eq!((two.used(), taken(&journal)), (Some((0, 4)), vec!["queue 1"]));
+    assert_eq!(setup.slot.metrics(), json!({ "served": 2 }));
+    assert_eq!(setup.slot.status(), READY);
+}
+
+#[test]
+fn a_reset_brings_all_siblings_back_and_they_run_again() {
+    let memory = SharedMemory::new(memory(0x10000));
+    let (mut setup, journal) = start_twins(&memory);
+    setup.slot.set_status(0);
+    assert_eq!(
+        (setup.host.len(), taken(&journal)),
+        (0, vec!["activate", "reset"])
+    );
+    start(&mut setup);
+    assert_eq!((setup.host.len(), taken(&journal)), (2, vec!["activate"]));
+    drop(setup);
+    assert_eq!(taken(&journal), ["reset"]);
+}
+
+#[test]
+fn a_change_finds_the_siblings_at_rest_and_reaches_them() {
+    let memory = SharedMemory::new(memory(0x10000));
+    let (mut setup, journal) = start_twins(&memory);
+    taken(&journal);
+    setup.slot.update(json!("other!")).unwrap();
+    assert_eq!(taken(&journal), ["quiesce", "refresh", "queue 1"]);
+    assert_eq!(
+        (&shown(&setup.slot), setup.slot.config_generation()),
+        (b"other!", 1)
+    );
+    assert!(setup.slot.update(json!(1)).is_err());
+    assert_eq!(taken(&journal), ["quiesce", "queue 1"]);
+
+    setup.slot.pause();
+    assert_eq!(taken(&journal), ["quiesce"]);
+    setup.slot.update(json!("third!")).unwrap();
+    assert_eq!(taken(&journal), ["refresh"]);
+    setup.slot.resume();
+    assert_eq!(taken(&journal), ["queue 1"]);
+
+    setup.slot.set_status(0);
+    taken(&journal);
+    setup.slot.update(json!("fourth")).unwrap();
+    assert_eq!(taken(&journal), ["refresh"]);
+}
+
+#[test]
+fn a_broken_queue_of_one_sibling_stops_all_of_them() {
+    let memory = SharedMemory::new(memory(0x10000));
+    let (setup, _) = start_twins(&memory);
+    let plain = memory.memory();
+    let mut one = Driver::new(&plain, RING, QUEUE_SIZE);
+    Driver::new(&plain, OTHER_RING, QUEUE_SIZE).set_avail_index(100);
+    setup.host.event(1);
+    assert_eq!(setup.slot.status(), READY | status::NEEDS_RESET);
+    one.offer(&[readable(0x4000, 4), writable(0x5000, 4)]);
+    setup.host.event(0);
+    assert_eq!(one.used(), None);
+}
+
+#[test]
+fn a_restore_has_the_queues_of_all_siblings() {
+    let memory = SharedMemory::new(memory(0x10000));
+    let (old, _) = start_twins(&memory);
+    let plain = memory.memory();
+    let mut drivers = [RING, OTHER_RING].map(|base| Driver::new(&plain, base, QUEUE_SIZE));
+    for driver in &mut drivers {
+        driver.offer(&[readable(0x4000, 4), writable(0x5000, 4)]);
+    }
+    old.host.event(1);
+    old.slot.pause();
+    let state = old.slot.save();
+
+    let journal = Journal::default();
+    let mut new = with_device(Echo::twins(&journal), memory.clone());
+    new.slot.load(state.clone()).unwrap();
+    assert_eq!(
+        (new.slot.save(), taken(&journal)),
+        (state, vec!["refresh", "activate"])
+    );
+    new.slot.resume();
+    assert_eq!(drivers.each_mut().map(|driver| driver.used()), [Some((0, 4)); 2]);
+    assert_eq!(drivers.each_mut().map(|driver| driver.used()), [None; 2]);
 }

@@ -1,0 +1,82 @@
+//! Io threads and devices with several queues, on machines whose guest is a few instructions.
+
+use std::time::Instant;
+
+use mayfly_tests::{Drive, HOST_TIMEOUT, MonitorBuilder, Result, Scratch, TestVm, TinyKernel, Vm};
+use serde_json::{Value, json};
+
+/// A machine without a driver for its devices.
+fn started(vm: TestVm, scratch: &Scratch) -> Result<Vm> {
+    let kernel = TinyKernel::new().print("up\n").halt().write(scratch)?;
+    let vm = vm.kernel(kernel).start()?;
+    assert!(vm.console().wait_for("up\n", Instant::now() + HOST_TIMEOUT));
+    Ok(vm)
+}
+
+fn io_threads(vm: &Vm) -> Result<Vec<String>> {
+    let threads = vm.wakeups()?.into_keys().map(|(_, name)| name);
+    let mut names: Vec<_> = threads.filter(|name| name.starts_with("io ")).collect();
+    names.sort_unstable();
+    Ok(names)
+}
+
+#[test]
+fn a_machine_has_the_io_threads_that_its_config_says() -> Result {
+    let scratch = Scratch::new("io-threads")?;
+    let image = scratch.file("image", [0; 4096])?;
+    let vm = TestVm::new("io-threads")
+        .drive(Drive::new("data", &image))
+        .entropy();
+    let one = started(vm.clone(), &scratch)?;
+    assert_eq!(io_threads(&one)?, ["io 0"]);
+    let three = started(vm.machine("io_threads", json!(3)).config_file(), &scratch)?;
+    assert_eq!(io_threads(&three)?, ["io 0", "io 1", "io 2"]);
+    three.pause()?;
+    three.resume()?;
+    assert_eq!(three.counted("block", "activate_fails")?, 0);
+    Ok(())
+}
+
+#[test]
+fn io_threads_are_shown_once_set_and_can_be_changed() -> Result {
+    let monitor = MonitorBuilder::new("io-threads")?.start()?;
+    let shown = || Ok::<_, mayfly_tests::Failure>(monitor.get("/machine-config")?.body);
+    assert!(!shown()?.contains("io_threads"));
+    let two = json!({"vcpu_count": 1, "mem_size_mib": 64, "io_threads": 2});
+    monitor.put("/machine-config", &two)?.success()?;
+    assert!(
+        shown()?.ends_with(r#""huge_pages":"None","io_threads":2}"#),
+        "{}",
+        shown()?
+    );
+    monitor
+        .patch("/machine-config", &json!({"io_threads": 16}))?
+        .success()?;
+    monitor
+        .patch("/machine-config", &json!({"smt": false}))?
+        .success()?;
+    assert_eq!(
+        monitor.get("/vm/config")?.json()?["machine-config"]["io_threads"],
+        16
+    );
+    let without = json!({"vcpu_count": 1, "mem_size_mib": 64});
+    monitor.put("/machine-config", &without)?.success()?;
+    assert!(!shown()?.contains("io_threads"));
+    Ok(())
+}
+
+#[test]
+fn a_count_of_io_threads_out_of_range_is_refused() -> Result {
+    let monitor = MonitorBuilder::new("io-threads")?.start()?;
+    let before = monitor.get("/machine-config")?;
+    let refused = |count: Value, reason: &str| {
+        let answer = monitor.patch("/machine-config", &json!({ "io_threads": count }));
+        answer.map(|answer| answer.assert_refused(&[reason]))
+    };
+    refused(json!(0), "io_threads is 0; it must be 1 to 16")?;
+    refused(json!(17), "io_threads is 17; it must be 1 to 16")?;
+    refused(json!(256), "invalid value: integer `256`, expected u8")?;
+    refused(json!("2"), "expected u8")?;
+    assert_eq!(monitor.get("/machine-config")?, before);
+    Ok(())
+}
