@@ -126,7 +126,10 @@ impl DeviceConfig {
     pub fn patch(&mut self, patch: &Value) -> Result<(), UpdateError> {
         match self {
             Self::Block(config) => config.patch(serde_json::from_value(patch.clone())?),
-            Self::Net(config) => config.patch(serde_json::from_value(patch.clone())?),
+            Self::Net(config) => {
+                let patched = config.patch(serde_json::from_value(patch.clone())?);
+                patched.map_err(|error| UpdateError::Device(error.into()))?;
+            }
             Self::Balloon(config) => config.patch(&serde_json::from_value(patch.clone())?),
             Self::Pmem(config) => config.patch(&serde_json::from_value(patch.clone())?),
             // How much memory is requested is no part of the config.

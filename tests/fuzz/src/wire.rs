@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 
-use devices::virtio::net::{Backend, Config, Net, feature};
+use devices::virtio::net::{Backend, Config, Net, OpenError, feature};
 
 /// Stands for a tap: it keeps the borders between frames.
 pub struct Wire(UnixDatagram);
@@ -23,6 +23,10 @@ impl Backend for Wire {
     fn set_offloads(&mut self, _: u64) -> io::Result<()> {
         Ok(())
     }
+
+    fn open_other(&self, _: &str) -> Result<Option<Self>, OpenError> {
+        Ok(None)
+    }
 }
 
 /// A card, and the far end of its wire.
@@ -34,6 +38,7 @@ pub fn card() -> (Net<Wire>, UnixDatagram) {
         mtu: Some(1500),
         rx_rate_limiter: None,
         tx_rate_limiter: None,
+        link_state: None,
     };
     let (near, far) = UnixDatagram::pair().expect("the host has descriptors left");
     for end in [&near, &far] {

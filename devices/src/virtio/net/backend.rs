@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::AsFd;
 
+use super::OpenError;
+
 /// Bytes of the header before each frame, on the tap as in the queues (virtio 1.2 §5.1.6, `struct virtio_net_hdr`).
 pub const HEADER_LEN: usize = 12;
 /// The longest frame with its header: an IP packet of 64 KiB behind an Ethernet header with a VLAN tag.
@@ -18,4 +20,9 @@ pub trait Backend: AsFd + Send {
 
     /// Gives frames that a driver with these features can take. Frames that wait already are as they are.
     fn set_offloads(&mut self, features: u64) -> io::Result<()>;
+
+    /// The end of another interface of the host, called `name`, with all offloads in use; none when this is it already.
+    fn open_other(&self, name: &str) -> Result<Option<Self>, OpenError>
+    where
+        Self: Sized;
 }

@@ -1,13 +1,11 @@
 //! What the user asks of a network interface: [`Config`] is the API body, the config file's section, the answer to
 //! `GET` and the snapshot's config, all in one.
 
-use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Net, OpenError, Tap};
+use super::{MacAddr, Net, OpenError, Tap};
 use crate::mmds::Mmds;
 use crate::rate_limiter::{RateLimiterConfig, serialize_effective};
 
@@ -16,70 +14,15 @@ pub const MIN_MTU: u16 = 68;
 /// The most bytes in an interface's name: the kernel's IFNAMSIZ less the final NUL.
 const MAX_NAME_LEN: usize = libc::IFNAMSIZ - 1;
 
-/// An Ethernet address; as text six hexadecimal pairs with colons, lower-case when printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct MacAddr([u8; 6]);
-
-/// The text is not an Ethernet address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("The provided MAC address is invalid.")]
-pub struct InvalidMac;
-
-impl MacAddr {
-    /// The address with these bytes, as they stand in a frame.
-    pub fn new(bytes: [u8; 6]) -> Self {
-        Self(bytes)
-    }
-
-    /// The bytes, as they stand in a frame.
-    pub fn bytes(&self) -> [u8; 6] {
-        self.0
-    }
-
-    /// True when it names a group of stations; such an address cannot be the source of a frame.
-    pub fn is_multicast(&self) -> bool {
-        self.0[0] & 1 != 0
-    }
-}
-
-impl FromStr for MacAddr {
-    type Err = InvalidMac;
-
-    fn from_str(text: &str) -> Result<Self, InvalidMac> {
-        let mut bytes = [0; 6];
-        let mut pairs = text.split(':');
-        for byte in &mut bytes {
-            let pair = pairs.next().ok_or(InvalidMac)?;
-            // `from_str_radix` alone would take a sign for a digit.
-            if pair.len() != 2 || !pair.bytes().all(|c| c.is_ascii_hexdigit()) {
-                return Err(InvalidMac);
-            }
-            *byte = u8::from_str_radix(pair, 16).map_err(|_| InvalidMac)?;
-        }
-        pairs.next().is_none().then_some(Self(bytes)).ok_or(InvalidMac)
-    }
-}
-
-impl TryFrom<String> for MacAddr {
-    type Error = InvalidMac;
-
-    fn try_from(text: String) -> Result<Self, InvalidMac> {
-        text.parse()
-    }
-}
-
-impl From<MacAddr> for String {
-    fn from(mac: MacAddr) -> Self {
-        mac.to_string()
-    }
-}
-
-impl fmt::Display for MacAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
+/// Whether the guest's end of the cable is plugged in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkState {
+    /// Frames pass.
+    #[default]
+    Up,
+    /// No frame passes, and the guest sees that there is no carrier.
+    Down,
 }
 
 /// A network interface as the user describes it.
@@ -100,6 +43,9 @@ pub struct Config {
     /// Limits what the guest sends.
     #[serde(serialize_with = "serialize_effective")]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
+    /// The link at first; up when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_state: Option<LinkState>,
 }
 
 /// A change of a live interface. A bucket that is left out stays as it is, one of size or refill time zero is removed.
@@ -112,6 +58,10 @@ pub struct Patch {
     pub rx_rate_limiter: Option<RateLimiterConfig>,
     /// Limits what the guest sends; unchanged when absent.
     pub tx_rate_limiter: Option<RateLimiterConfig>,
+    /// Plugs the cable in or pulls it; unchanged when absent.
+    pub link_state: Option<LinkState>,
+    /// Moves the interface to another tap; it stays where it is when absent.
+    pub host_dev_name: Option<String>,
 }
 
 /// Why a config cannot work on any host.
@@ -136,11 +86,7 @@ pub enum ConfigError {
 impl Config {
     /// Checks all that can be checked without touching the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if !is_interface_name(&self.host_dev_name) {
-            return Err(ConfigError::Name {
-                name: self.host_dev_name.clone(),
-            });
-        }
+        check_name(&self.host_dev_name)?;
         if let Some(mtu) = self.mtu.filter(|&mtu| mtu < MIN_MTU) {
             return Err(ConfigError::Mtu { mtu });
         }
@@ -148,9 +94,15 @@ impl Config {
     }
 
     /// Takes in what a patch changes.
-    pub fn patch(&mut self, patch: Patch) {
+    pub fn patch(&mut self, patch: Patch) -> Result<(), ConfigError> {
+        if let Some(name) = patch.host_dev_name {
+            check_name(&name)?;
+            self.host_dev_name = name;
+        }
+        self.link_state = patch.link_state.or(self.link_state);
         RateLimiterConfig::patch(&mut self.rx_rate_limiter, patch.rx_rate_limiter.as_ref());
         RateLimiterConfig::patch(&mut self.tx_rate_limiter, patch.tx_rate_limiter.as_ref());
+        Ok(())
     }
 
     /// Opens the tap and makes the device, which serves `mmds` when that says so.
@@ -170,6 +122,13 @@ impl Config {
             None => Ok(net),
         }
     }
+}
+
+fn check_name(name: &str) -> Result<(), ConfigError> {
+    if is_interface_name(name) {
+        return Ok(());
+    }
+    Err(ConfigError::Name { name: name.into() })
 }
 
 /// The kernel's rule, and no '%', which would make it choose a name from a template.
@@ -278,7 +237,7 @@ mod tests {
             limits(2)
         ));
         let patch = format!(r#"{{"iface_id":"a","tx_rate_limiter":{}}}"#, limits(3));
-        config.patch(serde_json::from_str(&patch).unwrap());
+        config.patch(serde_json::from_str(&patch).unwrap()).unwrap();
         let size = |limits: Option<RateLimiterConfig>| limits.unwrap().ops.unwrap().size;
         assert_eq!(
             (size(config.rx_rate_limiter), size(config.tx_rate_limiter)),
@@ -287,8 +246,26 @@ mod tests {
     }
 
     #[test]
-    fn knows_group_addresses() {
-        assert!(MacAddr::new([0xff; 6]).is_multicast());
-        assert!(!"aa:fc:00:00:00:01".parse::<MacAddr>().unwrap().is_multicast());
+    fn a_patch_moves_the_interface_and_sets_its_link() {
+        let mut config = named("tap0");
+        let patch = r#"{"iface_id":"eth0","link_state":"down","host_dev_name":"tap1"}"#;
+        config.patch(serde_json::from_str(patch).unwrap()).unwrap();
+        let nothing = serde_json::from_str(r#"{"iface_id":"eth0"}"#).unwrap();
+        config.patch(nothing).unwrap();
+        assert_eq!(config.host_dev_name, "tap1");
+        let json = serde_json::to_string(&config).unwrap();
+        assert!(
+            json.ends_with(r#""tx_rate_limiter":null,"link_state":"down"}"#),
+            "{json}"
+        );
+    }
+
+    #[test]
+    fn a_patch_with_a_name_that_no_interface_has_changes_nothing() {
+        let mut config = named("tap0");
+        let patch = r#"{"iface_id":"eth0","link_state":"down","host_dev_name":"tap/1"}"#;
+        let refused = config.patch(serde_json::from_str(patch).unwrap());
+        assert_eq!(refused, Err(ConfigError::Name { name: "tap/1".into() }));
+        assert_eq!(config, named("tap0"));
     }
 }

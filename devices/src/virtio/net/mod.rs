@@ -9,6 +9,8 @@ mod backend;
 mod config;
 mod detour;
 pub mod feature;
+mod link;
+mod mac;
 mod metrics;
 mod rx;
 mod tap;
@@ -25,7 +27,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use backend::{Backend, HEADER_LEN, MAX_FRAME_LEN};
-pub use config::{Config, ConfigError, InvalidMac, MIN_MTU, MacAddr, Patch};
+pub use config::{Config, ConfigError, LinkState, MIN_MTU, Patch};
+pub use mac::{InvalidMac, MacAddr};
 pub use metrics::Metrics;
 pub use tap::{OpenError, Tap};
 
@@ -53,8 +56,6 @@ const RX_LIMITER_TOKEN: u32 = 1;
 const TX_LIMITER_TOKEN: u32 = 2;
 const MMDS_TOKEN: u32 = 3;
 const KIND: &str = "net";
-/// `status` in the configuration space: the link is up.
-const LINK_UP: u16 = 1;
 
 /// Whether a direction has more work than it was allowed to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +73,7 @@ struct Wire<'a> {
     detour: Option<&'a mut Detour>,
     /// Frames of the tap wait for an event of their own.
     only_detour: bool,
+    link: LinkState,
 }
 
 impl Wire<'_> {
@@ -111,6 +113,7 @@ pub struct Net<B = Tap> {
     config_space: [u8; 12],
     backend: B,
     detour: Option<Box<Detour>>,
+    link: LinkState,
     /// The driver's offloads that the backend goes by.
     offloads: u64,
     rx: Rx,
@@ -139,6 +142,7 @@ impl<B: Backend> Net<B> {
             offloads: backend.offloads() & feature::GUEST_OFFLOADS,
             backend,
             detour: None,
+            link: config.link_state.unwrap_or_default(),
             rx: Rx::new(Throttle::new(config.rx_rate_limiter.as_ref(), RX_LIMITER_TOKEN)),
             tx: Tx {
                 guest_mac: config.guest_mac,
@@ -187,6 +191,7 @@ impl<B: Backend> Net<B> {
             clock: io.clock,
             detour: self.detour.as_deref_mut(),
             only_detour: false,
+            link: self.link,
         };
         let (start, sent) = (Instant::now(), self.metrics.tx_count);
         let progress = self.tx.drain(&mut wire, &mut ring, &mut self.metrics)?;
@@ -206,11 +211,11 @@ impl<B: Backend> Net<B> {
         Ok(())
     }
 
-    /// Does nothing before the driver has set the queue up: frames wait in the backend. With `only_detour` those of
+    /// Does nothing before the driver has set the queue up, and while the link is down: frames wait in the backend. With `only_detour` those of
     /// the backend wait in any case.
     fn receive(&mut self, only_detour: bool, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let queue = &mut io.queues[usize::from(RX)];
-        if !queue.config().ready || self.rx.throttle.is_holding() {
+        if !queue.config().ready || self.rx.throttle.is_holding() || self.link == LinkState::Down {
             return Ok(());
         }
         self.rx.throttle.begin(io.clock);
@@ -221,6 +226,7 @@ impl<B: Backend> Net<B> {
             clock: io.clock,
             detour: self.detour.as_deref_mut(),
             only_detour,
+            link: self.link,
         };
         let (start, received) = (Instant::now(), self.metrics.rx_count);
         let progress = self.rx.drain(&mut wire, &mut ring, &mut self.metrics)?;
@@ -318,13 +324,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
     }
 
     fn update(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError> {
-        let patch: Patch = serde_json::from_value(patch)?;
-        let (rx, tx) = (patch.rx_rate_limiter.as_ref(), patch.tx_rate_limiter.as_ref());
-        self.rx.throttle.prepare(rx, io)?;
-        self.tx.throttle.prepare(tx, io)?;
-        self.rx.throttle.patch(rx);
-        self.tx.throttle.patch(tx);
-        Ok(())
+        self.change(&serde_json::from_value(patch)?, io)
     }
 
     fn save(&self) -> Blob {
@@ -363,7 +363,7 @@ fn config_space(config: &Config) -> [u8; 12] {
     if let Some(mac) = config.guest_mac {
         space[..6].copy_from_slice(&mac.bytes());
     }
-    space[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
+    space[6..8].copy_from_slice(&link::status(config.link_state.unwrap_or_default()));
     space[10..].copy_from_slice(&config.mtu.unwrap_or(0).to_le_bytes());
     space
 }

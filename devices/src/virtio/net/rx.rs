@@ -77,13 +77,19 @@ impl Rx {
         }
     }
 
-    /// Forgets the frame that waits.
+    /// Forgets the driver and the frame that waits.
     pub(super) fn reset(&mut self) {
-        self.held = 0;
+        self.drop_held();
         self.throttle.reset();
     }
 
-    /// Throws away what waits in the backend: it was made for a driver that could take more.
+    /// Forgets the frame that waits.
+    pub(super) fn drop_held(&mut self) {
+        self.held = 0;
+    }
+
+    /// Throws away what waits in the backend: it was made for a driver that could take more, or came while the link was
+    /// down.
     pub(super) fn discard(&mut self, fd: BorrowedFd<'_>) {
         for _ in 0..MAX_STALE {
             if Buffers::new().readv(fd, &mut self.spill).is_err() {

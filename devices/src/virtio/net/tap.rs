@@ -38,8 +38,8 @@ pub enum OpenError {
         /// The kernel's refusal.
         source: io::Error,
     },
-    /// Another process holds the tap.
-    #[error("the tap '{name}' is in use by another process: every network interface needs a tap of its own")]
+    /// Another process holds the tap, or another interface of this machine.
+    #[error("the tap '{name}' is in use already: every network interface needs a tap of its own")]
     Busy {
         /// The tap.
         name: String,
@@ -118,6 +118,16 @@ impl Backend for Tap {
     fn set_offloads(&mut self, features: u64) -> io::Result<()> {
         set_offload_flags(&self.file, offload_flags(features))
     }
+
+    fn open_other(&self, name: &str) -> Result<Option<Self>, OpenError> {
+        // An interface that was renamed since answers to its new name.
+        let is_this = request(&self.file).is_ok_and(|own| own.ifr_name == interface_name(name));
+        if is_this {
+            Ok(None)
+        } else {
+            Self::open(name).map(Some)
+        }
+    }
 }
 
 /// What it means that the kernel did not attach the tap.
@@ -170,25 +180,43 @@ fn offload_flags(features: u64) -> libc::c_uint {
 
 /// Binds the descriptor to the tap `name`.
 fn attach(file: &File, name: &str) -> io::Result<()> {
-    let mut ifr_name = [0; libc::IFNAMSIZ];
-    for (to, from) in ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
-        *to = from.cast_signed();
-    }
     let flags = libc::c_short::try_from(TAP_FLAGS).expect("the flags are the low 15 bits");
     let mut request = libc::ifreq {
-        ifr_name,
+        ifr_name: interface_name(name),
         ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags },
     };
     // SAFETY: needed as no safe wrapper exists. The kernel reads and writes one `ifreq`, which lives across the call.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) })?;
-    // SAFETY: as above.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF, &mut request) })?;
-    // SAFETY: needed to read a union; TUNGETIFF has filled this member in, and any bits are valid.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    if libc::c_int::from(flags) & libc::IFF_PERSIST == 0 {
+    if flags_of(file)? & libc::IFF_PERSIST == 0 {
         log::info!("created the tap '{name}'; it is down, and goes when this process closes it");
     }
     Ok(())
+}
+
+/// The name as the kernel's requests have it.
+fn interface_name(name: &str) -> [libc::c_char; libc::IFNAMSIZ] {
+    let mut ifr_name = [0; libc::IFNAMSIZ];
+    for (to, from) in ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
+        *to = from.cast_signed();
+    }
+    ifr_name
+}
+
+/// The name and the flags of the tap that the descriptor is bound to.
+fn request(file: &File) -> io::Result<libc::ifreq> {
+    let mut request = libc::ifreq {
+        ifr_name: [0; libc::IFNAMSIZ],
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: 0 },
+    };
+    // SAFETY: needed as no safe wrapper exists. The kernel writes one `ifreq`, which lives across the call.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF, &mut request) })?;
+    Ok(request)
+}
+
+fn flags_of(file: &File) -> io::Result<libc::c_int> {
+    let request = request(file)?;
+    // SAFETY: needed to read a union; TUNGETIFF has filled this member in, and any bits are valid.
+    Ok(unsafe { request.ifr_ifru.ifru_flags }.into())
 }
 
 fn set_header_len(file: &File) -> io::Result<()> {

@@ -1,7 +1,7 @@
 //! From the guest to the host: the transmit queue's frames go to the backend straight from guest memory.
 
 use super::backend::{HEADER_LEN, MAX_FRAME_LEN};
-use super::{MacAddr, Metrics, Progress, TURN, Wire};
+use super::{LinkState, MacAddr, Metrics, Progress, TURN, Wire};
 use crate::virtio::{Buffers, Chain, QueueError, Ring, Throttle};
 
 /// A header and the Ethernet header behind it.
@@ -21,7 +21,7 @@ impl Tx {
     /// Sends at most one turn of frames.
     ///
     /// A frame that the host does not take is lost and counted, as on a wire: a tap has no queue in this direction
-    /// that could fill up, so waiting would only hold back the frames behind.
+    /// that could fill up, so waiting would only hold back the frames behind. While the link is down all are lost.
     pub(super) fn drain(
         &mut self,
         wire: &mut Wire<'_>,
@@ -33,6 +33,11 @@ impl Tx {
         metrics.no_tx_avail_buffer += u64::from(ring.pending()? == 0);
         for _ in 0..TURN {
             if ring.pop(&mut chain)? {
+                if wire.link == LinkState::Down {
+                    metrics.tx_fails += 1;
+                    ring.push(chain.head(), 0);
+                    continue;
+                }
                 if is_frame(&chain.readable) && wire.takes(&chain.readable) {
                     ring.push(chain.head(), 0);
                     continue;

@@ -1,4 +1,4 @@
-use super::super::{MacAddr, feature};
+use super::super::feature;
 use super::*;
 use crate::virtio::feature::COMMON;
 
@@ -104,12 +104,4 @@ fn times_runs_that_moved_frames_and_no_others() {
         .map(|(name, spread)| (*name, spread.count()))
         .collect();
     assert_eq!(counts, [("rx_batch", 1), ("tx_batch", 1)]);
-}
-
-#[test]
-fn prints_addresses_in_lower_case() {
-    assert_eq!(
-        MacAddr::new([0xAB, 0, 0, 0, 0, 1]).to_string(),
-        "ab:00:00:00:00:01"
-    );
 }

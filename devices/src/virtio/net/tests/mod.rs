@@ -2,20 +2,21 @@
 
 mod device;
 mod limits;
+mod link;
 mod mmds;
 mod noise;
 mod rx;
 mod tap;
 mod tx;
 
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::feature::{GUEST_CSUM, GUEST_TSO4, MRG_RXBUF};
-use super::{Backend, Config, HEADER_LEN, Net, RX, TX};
+use super::{Backend, Config, HEADER_LEN, Net, OpenError, RX, TX};
 use crate::GuestMemory;
 use crate::testing::{self, Driver, Recorder, memory, writable};
 use crate::virtio::{DeviceError, DeviceKind, Queue, UpdateError, VirtioDevice};
@@ -27,6 +28,8 @@ const BUFFERS: u64 = 0x10_0000;
 struct FakeTap {
     socket: UnixDatagram,
     set: Arc<Mutex<Vec<u64>>>,
+    /// The hosts' ends of the taps that were opened in place of this one.
+    others: Arc<Mutex<Vec<UnixDatagram>>>,
 }
 
 impl FakeTap {
@@ -40,8 +43,9 @@ impl FakeTap {
             assert_eq!(libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()), 0);
             fds.map(|fd| UnixDatagram::from(OwnedFd::from_raw_fd(fd)))
         };
-        let set = Arc::default();
-        (Self { socket, set }, wire)
+        let (set, others) = Default::default();
+        let tap = Self { socket, set, others };
+        (tap, wire)
     }
 }
 
@@ -60,6 +64,23 @@ impl Backend for FakeTap {
         self.set.lock().unwrap().push(features);
         Ok(())
     }
+
+    /// There are two others, and somebody else has one of them.
+    fn open_other(&self, name: &str) -> Result<Option<Self>, OpenError> {
+        match name {
+            "tap0" => Ok(None),
+            "tap1" => {
+                let (mut other, wire) = Self::new();
+                other.set = Arc::clone(&self.set);
+                self.others.lock().unwrap().push(wire);
+                Ok(Some(other))
+            }
+            _ => Err(OpenError::Busy {
+                name: name.into(),
+                source: std::io::Error::from_raw_os_error(libc::EBUSY),
+            }),
+        }
+    }
 }
 
 fn config(rest: &str) -> Config {
@@ -75,6 +96,8 @@ struct Guest<'m> {
     recorder: Arc<Recorder>,
     net: Net<FakeTap>,
     wire: UnixDatagram,
+    /// The hosts' ends of other taps that the device has opened.
+    others: Arc<Mutex<Vec<UnixDatagram>>>,
     features: u64,
     /// What the device asked for in its last call.
     again: Option<u16>,
@@ -98,6 +121,7 @@ impl<'m> Guest<'m> {
         change: impl FnOnce(Net<FakeTap>) -> Net<FakeTap>,
     ) -> Self {
         let (tap, wire) = FakeTap::new();
+        let others = Arc::clone(&tap.others);
         let (rx, tx) = (Driver::new(mem, 0x1000, size), Driver::new(mem, 0x8_0000, size));
         let queues = [rx.queue(false), tx.queue(false)];
         let net = change(Net::new(&config(r#","guest_mac":"02:00:00:00:00:01""#), tap));
@@ -109,6 +133,7 @@ impl<'m> Guest<'m> {
             recorder: testing::recorder(),
             net,
             wire,
+            others,
             features,
             again: None,
         };

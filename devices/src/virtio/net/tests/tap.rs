@@ -157,3 +157,13 @@ fn receives_through_a_real_tap_with_the_checksum_left_to_the_guest() {
         [1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 1, 0, 2, 0, 0, 0, 0, 2]
     );
 }
+
+#[test]
+fn opens_another_tap_and_knows_itself() {
+    let tap = open("mayflyt8");
+    assert!(tap.open_other("mayflyt8").unwrap().is_none());
+    let other = tap.open_other("mayflyt9").unwrap().unwrap();
+    assert_eq!(other.offloads(), tap.offloads());
+    assert!(interface("mayflyt8").exists() && interface("mayflyt9").exists());
+    assert!(matches!(tap.open_other("lo"), Err(OpenError::NotATap { .. })));
+}

@@ -1,0 +1,115 @@
+//! The link as the guest and the network see it: its state in the configuration space, a pulled cable, and the move to
+//! another interface of the host. All of it happens in the device's `update`, wholly or not at all.
+
+use std::os::fd::AsRawFd;
+
+use super::backend::{Backend, HEADER_LEN};
+use super::{BACKEND_TOKEN, LinkState, MacAddr, Net, Patch};
+use crate::virtio::{Buffers, Io, UpdateError};
+
+/// `status` in the configuration space (virtio 1.2 §5.1.4): the link is up.
+const LINK_UP: u16 = 1;
+/// The shortest Ethernet frame without its checksum.
+const MIN_ETHERNET: usize = 60;
+
+/// The configuration space's `status` for a link in this state.
+pub(super) fn status(state: LinkState) -> [u8; 2] {
+    match state {
+        LinkState::Up => LINK_UP,
+        LinkState::Down => 0,
+    }
+    .to_le_bytes()
+}
+
+impl<B: Backend> Net<B> {
+    /// Makes the changes that the user asks for. What can fail comes first.
+    pub(super) fn change(&mut self, patch: &Patch, io: &Io<'_>) -> Result<(), UpdateError> {
+        let (rx, tx) = (patch.rx_rate_limiter.as_ref(), patch.tx_rate_limiter.as_ref());
+        self.rx.throttle.prepare(rx, io)?;
+        self.tx.throttle.prepare(tx, io)?;
+        let other = match &patch.host_dev_name {
+            Some(name) => self.open_other(name, io)?,
+            None => None,
+        };
+        self.rx.throttle.patch(rx);
+        self.tx.throttle.patch(tx);
+        let moved = other.is_some();
+        if let Some(other) = other {
+            // A descriptor that the loop does not know has nothing to be removed.
+            let _ = io.watch.remove(self.backend.as_fd().as_raw_fd());
+            self.backend = other;
+        }
+        let before = self.link;
+        self.set_link(patch.link_state.unwrap_or(before));
+        if self.link == LinkState::Up && (moved || before == LinkState::Down) {
+            self.announce();
+        }
+        Ok(())
+    }
+
+    /// Opens the interface to move to, with what the driver can take set, and watches it.
+    fn open_other(&self, name: &str, io: &Io<'_>) -> Result<Option<B>, UpdateError> {
+        let opened = self.backend.open_other(name);
+        let Some(mut other) = opened.map_err(|error| UpdateError::Device(error.into()))? else {
+            return Ok(None);
+        };
+        let host = |op: &'static str| {
+            move |source| UpdateError::Host {
+                op: format!("{op} the tap '{name}'"),
+                source,
+            }
+        };
+        // It has been given all of its own.
+        let set = other.set_offloads(self.offloads);
+        set.map_err(host("set the offloads of"))?;
+        let watched = io.watch.add(other.as_fd().as_raw_fd(), BACKEND_TOKEN);
+        watched.map_err(host("watch"))?;
+        Ok(Some(other))
+    }
+
+    /// Plugs the cable in or pulls it. What is on its way then is lost, as on a wire.
+    fn set_link(&mut self, state: LinkState) {
+        if state == self.link {
+            return;
+        }
+        self.link = state;
+        self.config_space[6..8].copy_from_slice(&status(state));
+        match state {
+            LinkState::Up => self.rx.discard(self.backend.as_fd()),
+            LinkState::Down => {
+                self.rx.drop_held();
+                if let Some(detour) = &mut self.detour {
+                    detour.reset();
+                }
+            }
+        }
+    }
+
+    /// Tells switches where the guest is now, in its name: a reverse ARP request (RFC 903), which nobody answers. Of a
+    /// guest that has made up its own address they learn with the next frame that it sends.
+    fn announce(&self) {
+        let Some(mac) = self.tx.guest_mac else { return };
+        let mut frame = announcement(mac);
+        let mut buffers = Buffers::new();
+        buffers.push(&frame.as_mut_slice().into());
+        if let Err(error) = buffers.writev(self.backend.as_fd()) {
+            let id = &self.iface_id;
+            log::info!("net {id}: the network was not told where the guest is: {error}");
+        }
+    }
+}
+
+/// A frame that asks everybody for the address of `mac`.
+fn announcement(mac: MacAddr) -> [u8; HEADER_LEN + MIN_ETHERNET] {
+    let mut frame = [0; HEADER_LEN + MIN_ETHERNET];
+    let ethernet = &mut frame[HEADER_LEN..];
+    ethernet[..6].fill(0xff);
+    ethernet[6..12].copy_from_slice(&mac.bytes());
+    ethernet[12..14].copy_from_slice(&[0x80, 0x35]);
+    // Ethernet and IPv4, the lengths of their addresses, "request reverse".
+    ethernet[14..22].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, 3]);
+    // The sender and who is asked for.
+    ethernet[22..28].copy_from_slice(&mac.bytes());
+    ethernet[32..38].copy_from_slice(&mac.bytes());
+    frame
+}

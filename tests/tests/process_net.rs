@@ -1,0 +1,111 @@
+//! Network cards of a running machine whose guest is a few instructions: changes of link and tap over the API.
+
+use std::net::Ipv4Addr;
+use std::time::Instant;
+
+use mayfly_tests::{HOST_TIMEOUT, Net, Result, Scratch, Tap, TestVm, TinyKernel, Vm};
+use serde_json::{Value, json};
+
+fn start(name: &str, nets: impl IntoIterator<Item = Net>) -> Result<Vm> {
+    let scratch = Scratch::new(name)?;
+    let kernel = TinyKernel::new().print("up\n").halt().write(&scratch)?;
+    let vm = TestVm::new(name).kernel(kernel);
+    let vm = nets.into_iter().fold(vm, TestVm::net).start()?;
+    assert!(vm.console().wait_for("up\n", Instant::now() + HOST_TIMEOUT));
+    Ok(vm)
+}
+
+fn patch(vm: &Vm, id: &str, mut fields: Value) -> Result {
+    fields["iface_id"] = id.into();
+    let path = format!("/network-interfaces/{id}");
+    vm.patch(&path, &fields)?.success().map(drop)
+}
+
+fn refusal(vm: &Vm, id: &str, mut fields: Value) -> Result<String> {
+    fields["iface_id"] = id.into();
+    vm.patch(&format!("/network-interfaces/{id}"), &fields)?.fault()
+}
+
+/// The cards as the API shows them.
+fn shown(vm: &Vm) -> Result<String> {
+    Ok(vm.get("/vm/config")?.json()?["network-interfaces"].to_string())
+}
+
+fn tap(number: u8) -> Result<Tap> {
+    Tap::create(&format!("mfpnet{number}"), Ipv4Addr::new(10, 78, number, 1))
+}
+
+/// Whether somebody has the tap open.
+fn is_taken(tap: &Tap) -> Result<bool> {
+    let state = std::fs::read_to_string(format!("/sys/class/net/{}/carrier", tap.name()))?;
+    Ok(state.trim() == "1")
+}
+
+#[test]
+fn a_card_without_a_link_state_is_shown_as_clients_know_it() -> Result {
+    let tap = tap(1)?;
+    let vm = start("net-shown", [Net::new("net0", &tap)])?;
+    let plain = r#"[{"iface_id":"net0","host_dev_name":"mfpnet1","guest_mac":null,"mtu":null,"rx_rate_limiter":null,"tx_rate_limiter":null}]"#;
+    let body = vm.get("/vm/config")?.body;
+    assert!(body.contains(plain), "{body}");
+
+    patch(&vm, "net0", json!({"link_state": "down"}))?;
+    let body = vm.get("/vm/config")?.body;
+    assert!(
+        body.contains(r#""tx_rate_limiter":null,"link_state":"down"}]"#),
+        "{body}"
+    );
+    patch(&vm, "net0", json!({"link_state": "up"}))?;
+    assert!(shown(&vm)?.contains(r#""link_state":"up""#));
+    Ok(())
+}
+
+#[test]
+fn a_card_moves_to_another_tap_and_lets_go_of_its_own() -> Result {
+    let (old, new) = (tap(2)?, tap(3)?);
+    let vm = start("net-move", [Net::new("net0", &old)])?;
+    assert!(is_taken(&old)? && !is_taken(&new)?);
+    patch(&vm, "net0", json!({"host_dev_name": new.name()}))?;
+    assert!(!is_taken(&old)? && is_taken(&new)?);
+    assert!(shown(&vm)?.contains(r#""host_dev_name":"mfpnet3""#));
+    // To where it is already.
+    patch(&vm, "net0", json!({"host_dev_name": new.name()}))?;
+    patch(&vm, "net0", json!({"host_dev_name": old.name()}))?;
+    assert!(is_taken(&old)? && !is_taken(&new)?);
+    Ok(())
+}
+
+#[test]
+fn a_tap_that_cannot_be_had_leaves_everything_as_it_was() -> Result {
+    let (own, others) = (tap(4)?, tap(5)?);
+    let vm = start("net-busy", [Net::new("net0", &own), Net::new("net1", &others)])?;
+    let before = shown(&vm)?;
+    let limit = json!({"ops": {"size": 1, "refill_time": 1000}});
+    for (name, reason) in [
+        (others.name(), "the tap 'mfpnet5' is in use already"),
+        ("lo", "'lo' is not a single-queue tap"),
+        ("not a name", "'not a name' is not an interface name"),
+    ] {
+        let fields = json!({"host_dev_name": name, "link_state": "down", "tx_rate_limiter": limit});
+        let fault = refusal(&vm, "net0", fields)?;
+        assert!(fault.contains(reason), "{name}: {fault}");
+        assert_eq!(shown(&vm)?, before);
+        assert!(is_taken(&own)? && is_taken(&others)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_link_is_up_or_down() -> Result {
+    let tap = tap(6)?;
+    let vm = start("net-link", [Net::new("net0", &tap).with("link_state", "down")])?;
+    assert!(shown(&vm)?.contains(r#""link_state":"down""#));
+    let fault = refusal(&vm, "net0", json!({"link_state": "Down"}))?;
+    assert!(
+        fault.contains("unknown variant `Down`, expected `up` or `down`"),
+        "{fault}"
+    );
+    let fault = refusal(&vm, "net1", json!({"link_state": "down"}))?;
+    assert!(fault.contains("there is no device 'net1'"), "{fault}");
+    Ok(())
+}
