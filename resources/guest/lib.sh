@@ -14,6 +14,9 @@ die() {
     exit 1
 }
 
+# has_kvm: hardware virtualization, and the right to use it.
+has_kvm() { grep -qwE 'vmx|svm' /proc/cpuinfo && { : <>/dev/kvm; } 2>/dev/null; }
+
 apt() { apt-get -qq -o APT::Sandbox::User=root "$@" >&2; }
 
 # require_tools COMMAND:PACKAGE...: installs the packages whose command is missing (root), or names them and stops.

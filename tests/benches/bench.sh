@@ -22,8 +22,6 @@ readonly TRIES=5 PATIENCE=300
 
 usage() { sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 
-has_kvm() { grep -qwE 'vmx|svm' /proc/cpuinfo && { : <>/dev/kvm; } 2>/dev/null; }
-
 # build: the monitor and the bench programs; sets guest, host, startup, api to their paths.
 build() {
     local name path
