@@ -1,10 +1,13 @@
-//! The first instructions of the process, in place of those of the standard library.
+//! The first instructions of the process, in place of those of the standard library, and what is left of them at the end
+//! of the start.
 //!
 //! The standard library would install handlers for faults, which [`crate::signals`] replaces at once, read the process's
 //! own memory map for them, and give every thread a second stack of two mappings. Left out, the process starts sooner
 //! and is smaller by some pages for each thread.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_int, c_void};
+
+use crate::x86_64::layout::PAGE_SIZE;
 
 /// Prepares the process. Called once, before anything is opened and before the first thread starts.
 pub fn prepare() {
@@ -38,4 +41,44 @@ fn hold_standard_descriptors() {
         // lowest free number is taken, which is one of the three.
         unsafe { libc::open(NULL.as_ptr(), libc::O_RDWR) };
     }
+}
+
+/// Gives back the memory that only the start has used: free pages of the heap, and the pages of the program, most of
+/// which holds code that runs once. What is still needed is found again in the page cache when it is touched. (So are
+/// the instructions that a debugger's breakpoints had replaced.)
+pub fn let_go() {
+    // SAFETY: needed because std has no way to say it. The allocator takes its own lock.
+    unsafe { libc::malloc_trim(0) };
+    // SAFETY: needed to learn where the program lies. `let_go_of_program` is what the C library expects, and uses no
+    // data of ours.
+    unsafe { libc::dl_iterate_phdr(Some(let_go_of_program), std::ptr::null_mut()) };
+}
+
+/// Called for each object that is loaded; ends after the first, which is the program.
+///
+/// # Safety
+///
+/// `object` is valid, as the C library gives it to callbacks of `dl_iterate_phdr`.
+unsafe extern "C" fn let_go_of_program(
+    object: *mut libc::dl_phdr_info,
+    _size: usize,
+    _data: *mut c_void,
+) -> c_int {
+    // SAFETY: the caller guarantees that `object` is valid; its headers are part of the loaded program.
+    let (base, headers) = unsafe {
+        let object = &*object;
+        let headers = std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into());
+        (object.dlpi_addr, headers)
+    };
+    let read_only =
+        |header: &&libc::Elf64_Phdr| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0;
+    for header in headers.iter().filter(read_only) {
+        let start = (base + header.p_vaddr).next_multiple_of(PAGE_SIZE);
+        let end = (base + header.p_vaddr + header.p_memsz) / PAGE_SIZE * PAGE_SIZE;
+        let length = usize::try_from(end.saturating_sub(start)).expect("addresses have 64 bits");
+        // SAFETY: needed because std has no madvise. The pages are mapped from the program's file and never written, so
+        // each of them reads the same when it is touched again.
+        unsafe { libc::madvise(start as *mut c_void, length, libc::MADV_DONTNEED) };
+    }
+    1
 }

@@ -334,6 +334,7 @@ impl Controller {
         self.state = State::Running(Box::new(vm));
         log::info!("The microVM is running.");
         self.events().publish(&Event::Started);
+        crate::start::let_go();
         Ok(Reply::Done)
     }
 
