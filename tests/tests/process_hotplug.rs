@@ -14,7 +14,9 @@ struct Machine {
 
 fn machine(name: &str, customize: impl FnOnce(TestVm, &Scratch) -> Result<TestVm>) -> Result<Machine> {
     let scratch = Scratch::new(name)?;
-    zeros(&scratch.join("disk"), 1 << 20)?;
+    for image in ["disk", "hot", "keep", "second"] {
+        zeros(&scratch.join(image), 1 << 20)?;
+    }
     let kernel = TinyKernel::new().print("up\n").halt();
     let vm = TestVm::new(name).kernel(kernel.write(&scratch)?);
     let vm = customize(vm, &scratch)?.start()?;
@@ -24,7 +26,7 @@ fn machine(name: &str, customize: impl FnOnce(TestVm, &Scratch) -> Result<TestVm
 
 impl Machine {
     fn drive(&self, id: &str) -> Value {
-        json!({"drive_id": id, "path_on_host": self.scratch.join("disk"), "is_root_device": false})
+        json!({"drive_id": id, "path_on_host": self.scratch.join(id), "is_root_device": false})
     }
 
     fn put(&self, id: &str) -> Result<Response> {

@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 
+use super::lock::Lock;
 use super::raw::Raw;
 use super::{Config, ConfigError, SECTOR};
 use crate::virtio::Buffers;
@@ -11,9 +12,11 @@ use crate::virtio::Buffers;
 ///
 /// The control thread opens it; the io loop that owns the device works on it. A call returns when it is done, and may
 /// block on the host's disk. Whoever calls has checked that offsets and ranges lie within the size.
-pub trait Backend: Send + Sync {
+pub(super) trait Backend: Send + Sync {
     /// Bytes. Any that make no whole sector are not for the guest.
     fn size(&self) -> u64;
+    /// What keeps its images from other machines.
+    fn locks(&self) -> &[Lock];
     /// Fills `buffers` from `offset` on. What is left in `buffers` then is of no meaning.
     fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()>;
     /// Writes `buffers` at `offset`. What is left in `buffers` then is of no meaning.
@@ -27,10 +30,11 @@ pub trait Backend: Send + Sync {
     fn write_zeroes(&self, range: Range<u64>, may_unmap: bool) -> io::Result<()>;
 }
 
-/// Opens what holds the bytes of a valid config's drive. Never blocks, creates or shortens anything.
-pub(super) fn open(config: &Config) -> Result<Box<dyn Backend>, OpenError> {
+/// Opens what holds the bytes of a valid config's drive, and locks it; a drive that is opened anew holds locks already.
+/// Never blocks, creates or shortens anything.
+pub(super) fn open(config: &Config, held: &[Lock]) -> Result<Box<dyn Backend>, OpenError> {
     let path = config.path_on_host.as_deref().unwrap_or_default();
-    let backend = Raw::open(path, config.read_only())?;
+    let backend = Raw::open(path, config.read_only(), held)?;
     let size = backend.size();
     if size < SECTOR {
         let path = path.to_owned();
@@ -92,6 +96,16 @@ pub enum OpenError {
         /// Bytes in it.
         size: u64,
     },
+    /// Somebody else has it.
+    #[error("the disk image '{path}' cannot be used {}", in_use(*exclusive, *holder))]
+    InUse {
+        /// The image.
+        path: String,
+        /// True when it was to be had alone, for writing.
+        exclusive: bool,
+        /// The process that has it, if that can be seen.
+        holder: Option<u32>,
+    },
     /// Anything else that the system refused.
     #[error("cannot {op} the disk image '{path}'")]
     Host {
@@ -102,4 +116,19 @@ pub enum OpenError {
         /// Why not.
         source: io::Error,
     },
+}
+
+/// For what, why not, and what the user can do.
+fn in_use(exclusive: bool, holder: Option<u32>) -> String {
+    let who = match holder {
+        Some(pid) if pid == std::process::id() => "another drive of this machine has it".into(),
+        Some(pid) => format!("process {pid} has it"),
+        None => "another program has it, or another drive of this machine".to_owned(),
+    };
+    match exclusive {
+        true => format!("for writing, as {who}: attach it with is_read_only everywhere, or use a copy"),
+        false => {
+            format!("for reading, as {who}: only images that nobody writes can be shared, so use a copy")
+        }
+    }
 }

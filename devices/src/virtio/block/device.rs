@@ -70,7 +70,7 @@ pub struct Block {
 impl Block {
     /// Opens the image of a valid config and makes the device.
     pub(super) fn new(config: &Config) -> Result<Self, OpenError> {
-        let backend = backend::open(config)?;
+        let backend = backend::open(config, &[])?;
         let flush = config.cache_type == CacheType::Writeback;
         let mut features = feature::COMMON | F_SEG_MAX | F_BLK_SIZE;
         features |= if flush { F_FLUSH } else { 0 };
@@ -292,7 +292,8 @@ impl Block {
         let mut config = self.config.clone();
         config.patch(patch);
         if swap {
-            let backend = backend::open(&config).map_err(|error| UpdateError::Device(error.into()))?;
+            let backend = backend::open(&config, self.backend.locks())
+                .map_err(|error| UpdateError::Device(error.into()))?;
             // Requests are synchronous, so none is on its way to the old one.
             self.config_space = config_space(&*backend, config.read_only());
             self.backend = backend;

@@ -10,14 +10,17 @@
 mod backend;
 mod config;
 mod device;
+mod lock;
 mod metrics;
 mod raw;
 mod request;
 
-pub use backend::{Backend, OpenError};
+pub use backend::OpenError;
 pub use config::{CacheType, Config, ConfigError, IoEngine, Patch};
 pub use device::Block;
 pub use metrics::Metrics;
+
+use backend::Backend;
 
 /// Bytes in a sector, the unit of every size and position in the protocol (virtio 1.2 §5.2.4).
 pub const SECTOR: u64 = 512;

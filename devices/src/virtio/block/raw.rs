@@ -6,7 +6,9 @@ use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::sync::Arc;
 
+use super::lock::Lock;
 use super::{Backend, OpenError};
 use crate::virtio::Buffers;
 
@@ -19,15 +21,16 @@ const BLKSSZGET: libc::Ioctl = 0x1268;
 /// An open raw image.
 #[derive(Debug)]
 pub(super) struct Raw {
-    file: File,
+    file: Arc<File>,
+    lock: [Lock; 1],
     size: u64,
     /// For a block device the size of its blocks, in which it discards.
     block: Option<u64>,
 }
 
 impl Raw {
-    /// Opens the image at `path`. Never blocks, creates or shortens anything.
-    pub(super) fn open(path: &str, read_only: bool) -> Result<Self, OpenError> {
+    /// Opens and locks the image at `path`. Never blocks, creates or shortens anything.
+    pub(super) fn open(path: &str, read_only: bool, held: &[Lock]) -> Result<Self, OpenError> {
         // To open a FIFO or a device node can have effects, so its kind is looked at before and, as the path may
         // have changed in between, after.
         let metadata = std::fs::metadata(path).map_err(|e| open_error(path, read_only, e))?;
@@ -49,7 +52,14 @@ impl Raw {
             true => Some(block_size(&file).map_err(host("find the block size of"))?),
             false => None,
         };
-        Ok(Self { file, size, block })
+        let file = Arc::new(file);
+        let lock = [Lock::take(path, &file, !read_only, held)?];
+        Ok(Self {
+            file,
+            lock,
+            size,
+            block,
+        })
     }
 
     fn fd(&self) -> RawFd {
@@ -81,6 +91,10 @@ impl Raw {
 impl Backend for Raw {
     fn size(&self) -> u64 {
         self.size
+    }
+
+    fn locks(&self) -> &[Lock] {
+        &self.lock
     }
 
     fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {

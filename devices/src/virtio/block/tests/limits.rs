@@ -213,13 +213,16 @@ fn a_restored_drive_has_no_new_burst() {
     guest.kick(&mut before).unwrap();
     assert_eq!(guest.answered(), 3);
 
+    let state = before.save();
+    drop(before);
     let mut after = limited(&image, limits);
-    after.load(before.save()).unwrap();
+    after.load(state.clone()).unwrap();
     guest.activate(&mut after);
     guest.offer(IN, 1);
     guest.kick(&mut after).unwrap();
     assert_eq!(guest.answered(), 0);
-    assert!(device(&image).load(before.save()).is_err());
+    drop(after);
+    assert!(device(&image).load(state).is_err());
 }
 
 proptest! {

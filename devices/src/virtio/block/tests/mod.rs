@@ -4,6 +4,7 @@ mod config;
 mod discard;
 mod limits;
 mod live;
+mod locks;
 mod noise;
 mod requests;
 

@@ -123,6 +123,7 @@ fn flushes_with_writeback_only() {
     assert_eq!(safe.metrics()["flush_count"], 1);
     assert_eq!(safe.info().features & F_FLUSH, F_FLUSH);
 
+    drop(safe);
     let mut quick = device(&image);
     assert_eq!(guest.request(&mut quick, FLUSH, 0, &[]), (UNSUPPORTED, 1));
     assert_eq!(quick.info().features & F_FLUSH, 0);
