@@ -80,3 +80,38 @@ fn a_count_of_io_threads_out_of_range_is_refused() -> Result {
     assert_eq!(monitor.get("/machine-config")?, before);
     Ok(())
 }
+
+#[test]
+fn a_drive_has_the_queues_that_its_config_says() -> Result {
+    let scratch = Scratch::new("queues")?;
+    let image = scratch.file("image", [0; 4096])?;
+    let drive = |queues: Value| Drive::new("data", &image).with("queues", queues);
+    for vm in [TestVm::new("queues"), TestVm::new("queues-mmio").mmio()] {
+        let vm = started(vm.drive(drive(json!(16))), &scratch)?;
+        let config = vm.get("/vm/config")?;
+        assert_eq!(config.json()?["drives"][0]["queues"], 16);
+        let patch = json!({"drive_id": "data", "rate_limiter": {"ops": {"size": 5, "refill_time": 5}}});
+        vm.patch("/drives/data", &patch)?.success()?;
+        assert_eq!(vm.counted("block_data", "update_count")?, 1);
+        vm.pause()?;
+        vm.resume()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_count_of_queues_out_of_range_is_refused() -> Result {
+    let (monitor, scratch) = (MonitorBuilder::new("queues")?.start()?, Scratch::new("queues")?);
+    let image = scratch.file("image", [0; 4096])?;
+    let refused = |queues: Value, reason: &str| {
+        let body =
+            json!({"drive_id": "data", "path_on_host": image, "is_root_device": false, "queues": queues});
+        let answer = monitor.put("/drives/data", &body);
+        answer.map(|answer| answer.assert_refused(&[reason]))
+    };
+    refused(json!(0), "drive 'data' asks for 0 queues; it must be 1 to 16")?;
+    refused(json!(17), "drive 'data' asks for 17 queues; it must be 1 to 16")?;
+    refused(json!(70000), "expected u16")?;
+    assert_eq!(monitor.get("/vm/config")?.json()?["drives"], json!([]));
+    Ok(())
+}

@@ -18,8 +18,12 @@
 //!
 //! Beyond that a device calls [`Throttle::activate`], [`Throttle::reset`], and for changes [`Throttle::prepare`] and
 //! [`Throttle::patch`]. An event that comes while the machine is paused is not lost: the lane replays it.
+//!
+//! Siblings of a device that are on other loops have a throttle each over one limiter, by [`Throttle::share`]: whoever
+//! comes first has what is there. Its lock is taken only where something is limited.
 
 use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{DeviceError, Io, StateError, UpdateError};
@@ -28,7 +32,9 @@ use crate::timer::{Clock, Timer};
 
 /// A rate limiter with its timer.
 pub struct Throttle {
-    limiter: RateLimiter,
+    limiter: Arc<Mutex<RateLimiter>>,
+    /// Whether anything is limited, known without the lock.
+    limited: bool,
     /// The device's token for the timer.
     token: u32,
     /// Made when something is limited for the first time, and kept: its loop watches it.
@@ -42,8 +48,10 @@ pub struct Throttle {
 impl Throttle {
     /// A throttle whose timer has this token of the device.
     pub fn new(limits: Option<&RateLimiterConfig>, token: u32) -> Self {
+        let limiter = limits.map(RateLimiter::new).unwrap_or_default();
         Self {
-            limiter: limits.map(RateLimiter::new).unwrap_or_default(),
+            limited: limiter.limits_something(),
+            limiter: Arc::new(limiter.into()),
             token,
             timer: None,
             now: None,
@@ -51,9 +59,31 @@ impl Throttle {
         }
     }
 
+    /// A throttle for a sibling, over the same limiter. It has its timer at once, so that it can follow any change.
+    pub fn share(&self) -> std::io::Result<Self> {
+        Ok(Self {
+            limiter: Arc::clone(&self.limiter),
+            limited: self.limited,
+            token: self.token,
+            timer: Some(Timer::new()?),
+            now: None,
+            held_until: None,
+        })
+    }
+
+    /// Follows a change that was made by way of the throttle that this one was made from.
+    pub fn refresh(&mut self) {
+        let limited = self.lock().limits_something();
+        self.limited = limited;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, RateLimiter> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Watches the timer, when there is a limit.
     pub fn activate(&mut self, io: &Io<'_>) -> Result<(), DeviceError> {
-        if self.limiter.limits_something() && self.timer.is_none() {
+        if self.limited && self.timer.is_none() {
             self.timer = Some(Timer::new().map_err(failed("make the timer of a rate limiter"))?);
         }
         let Some(timer) = &self.timer else { return Ok(()) };
@@ -76,10 +106,10 @@ impl Throttle {
     /// Begins a batch of requests.
     #[inline]
     pub fn begin(&mut self, clock: &dyn Clock) {
-        if self.limiter.limits_something() {
+        if self.limited {
             let now = clock.now();
             self.now = Some(now);
-            self.limiter.refill(now);
+            self.lock().refill(now);
         }
     }
 
@@ -95,7 +125,8 @@ impl Throttle {
 
     fn take_at(&mut self, bytes: usize, now: Instant) -> bool {
         let bytes = u64::try_from(bytes).expect("a usize fits");
-        match self.limiter.take(bytes) {
+        let taken = self.lock().take(bytes);
+        match taken {
             Ok(()) => true,
             Err(wait) => {
                 self.held_until = Some(now + wait);
@@ -150,13 +181,14 @@ impl Throttle {
     /// Changes the limits as the user's patch says.
     pub fn patch(&mut self, limits: Option<&RateLimiterConfig>) {
         if let Some(limits) = limits {
-            self.limiter.patch(limits);
+            self.lock().patch(limits);
+            self.refresh();
         }
     }
 
     /// What is left of the limits, for a snapshot.
     pub fn save(&self) -> rate_limiter::State {
-        self.limiter.save(Instant::now())
+        self.lock().save(Instant::now())
     }
 
     /// Takes over what was left; nothing changes when it does not belong to these limits.
@@ -165,7 +197,7 @@ impl Throttle {
             kind,
             what: error.to_string(),
         };
-        self.limiter.load(state).map_err(inconsistent)
+        self.lock().load(state).map_err(inconsistent)
     }
 }
 
@@ -240,6 +272,34 @@ mod tests {
         recorder.pass(HOUR - Duration::from_secs(60));
         throttle.settle(&*recorder).unwrap();
         assert!(timer_left(&throttle) <= Duration::from_secs(60));
+    }
+
+    #[test]
+    fn siblings_share_what_a_limit_lets_through_and_follow_its_changes() {
+        let recorder = testing::recorder();
+        let mut first = Throttle::new(Some(&one_an_hour()), 7);
+        let mut second = first.share().unwrap();
+        for throttle in [&mut first, &mut second] {
+            activated(throttle, &recorder);
+            throttle.begin(&*recorder);
+        }
+        assert!(second.take(1) && !first.take(1) && !second.take(1));
+        let off = serde_json::from_str(r#"{"ops":{"size":0,"refill_time":1}}"#).unwrap();
+        first.patch(Some(&off));
+        second.refresh();
+        for throttle in [&mut first, &mut second] {
+            throttle.settle(&*recorder).unwrap();
+            throttle.begin(&*recorder);
+            assert!(throttle.take(1) && throttle.take(1));
+        }
+        first.patch(Some(&one_an_hour()));
+        second.refresh();
+        for throttle in [&mut first, &mut second] {
+            throttle.begin(&*recorder);
+        }
+        assert!(first.take(1) && !second.take(1));
+        second.settle(&*recorder).unwrap();
+        assert!(timer_left(&second) > HOUR / 2);
     }
 
     #[test]

@@ -66,6 +66,7 @@ fuzz_target!(|input: (bool, u64, Vec<Step>)| {
         rate_limiter: None,
         io_engine: None,
         socket: None,
+        queues: None,
     };
     let mem = mayfly_fuzz::memory();
     let device = config.build().expect("the image is fine");

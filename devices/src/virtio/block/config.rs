@@ -33,7 +33,13 @@ pub struct Config {
     pub io_engine: Option<IoEngine>,
     /// Socket of a vhost-user backend, in place of an image.
     pub socket: Option<String>,
+    /// Queues for requests, 1 to [`MAX_QUEUES`]. Absent is 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
 }
+
+/// The most queues of a drive: more than that many vCPUs gain little from one each.
+pub const MAX_QUEUES: u16 = 16;
 
 /// Whether the guest can make its writes durable.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +104,14 @@ pub enum ConfigError {
         /// What was given.
         partuuid: String,
     },
+    /// The count of queues is out of range.
+    #[error("drive '{drive_id}' asks for {queues} queues; it must be 1 to {MAX_QUEUES}")]
+    Queues {
+        /// Which drive.
+        drive_id: String,
+        /// What was given.
+        queues: u16,
+    },
     /// A patch that says nothing.
     #[error("the change of drive '{drive_id}' is empty: give path_on_host or rate_limiter")]
     EmptyPatch {
@@ -116,6 +130,11 @@ impl Config {
         if self.socket.is_some() {
             return Err(ConfigError::VhostUser { drive_id: drive_id() });
         }
+        let queues = self.queue_count();
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            let drive_id = drive_id();
+            return Err(ConfigError::Queues { drive_id, queues });
+        }
         match &self.partuuid {
             Some(partuuid) if !is_partuuid(partuuid) => Err(ConfigError::PartUuid {
                 drive_id: drive_id(),
@@ -128,6 +147,11 @@ impl Config {
     /// True when the guest must not write.
     pub fn read_only(&self) -> bool {
         self.is_read_only.unwrap_or_default()
+    }
+
+    /// How many queues it has.
+    pub fn queue_count(&self) -> u16 {
+        self.queues.unwrap_or(1)
     }
 
     /// Takes in what a patch changes.

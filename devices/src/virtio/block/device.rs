@@ -1,6 +1,7 @@
 //! [`Block`]: the device between queue and image.
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,7 @@ use super::request::{Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Requ
 use super::{Backend, CacheType, Config, Metrics, OpenError, Patch, SECTOR, backend};
 use crate::rate_limiter;
 use crate::virtio::{
-    Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, Ring,
+    Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, Ring, Sibling,
     StateError, Throttle, UpdateError, Vector, VirtioDevice, feature,
 };
 
@@ -19,12 +20,11 @@ const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
 const QUEUE_SIZE: u16 = 256;
-/// The index of the only queue.
-const QUEUE: u16 = 0;
 /// Data segments in a request: all descriptors but those of header and status.
 const SEG_MAX: u32 = 254;
 /// Sectors to which discards are best aligned: most file systems give back blocks of 4 KiB.
@@ -53,11 +53,17 @@ struct State {
     rate_limiter: rate_limiter::State,
 }
 
-/// A virtio block device.
+/// A virtio block device; with several queues the part that serves one of them.
 pub struct Block {
     info: DeviceInfo,
     config: Config,
-    backend: Box<dyn Backend>,
+    backend: Arc<dyn Backend>,
+    /// The queue that it serves.
+    queue: u16,
+    /// Where the first part leaves its config and backend for the others.
+    shared: Arc<Mutex<(Config, Arc<dyn Backend>)>>,
+    /// The other parts, until they are split off.
+    siblings: Vec<Block>,
     flush: bool,
     throttle: Throttle,
     serial: [u8; SERIAL],
@@ -70,27 +76,58 @@ pub struct Block {
 impl Block {
     /// Opens the image of a valid config and makes the device.
     pub(super) fn new(config: &Config) -> Result<Self, OpenError> {
-        let backend = backend::open(config, &[])?;
+        let backend: Arc<dyn Backend> = backend::open(config, &[])?.into();
         let flush = config.cache_type == CacheType::Writeback;
+        let queues = config.queue_count();
         let mut features = feature::COMMON | F_SEG_MAX | F_BLK_SIZE;
         features |= if flush { F_FLUSH } else { 0 };
+        features |= if queues > 1 { F_MQ } else { 0 };
         features |= if config.read_only() {
             F_RO
         } else {
             F_DISCARD | F_WRITE_ZEROES
         };
-        Ok(Self {
+        let mut first = Self {
             info: DeviceInfo {
                 kind: DeviceKind::Block,
-                queue_sizes: vec![QUEUE_SIZE],
+                queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
                 features,
             },
-            config_space: config_space(&*backend, config.read_only()),
+            config_space: config_space(&*backend, config),
             config: config.clone(),
+            shared: Arc::new((config.clone(), Arc::clone(&backend)).into()),
             backend,
+            queue: 0,
+            siblings: Vec::new(),
             flush,
             throttle: Throttle::new(config.rate_limiter.as_ref(), LIMITER_TOKEN),
             serial: serial(&config.drive_id),
+            storage: ChainStorage::default(),
+            metrics: Metrics::default(),
+        };
+        let siblings = (1..queues).map(|queue| first.sibling(queue));
+        first.siblings = siblings.collect::<Result<_, _>>()?;
+        Ok(first)
+    }
+
+    /// The part that serves another queue of the same drive.
+    fn sibling(&self, queue: u16) -> Result<Self, OpenError> {
+        let throttle = self.throttle.share().map_err(|source| OpenError::Host {
+            op: "make the timer of a queue for",
+            path: self.config.path_on_host.clone().unwrap_or_default(),
+            source,
+        })?;
+        Ok(Self {
+            info: self.info.clone(),
+            config: self.config.clone(),
+            backend: Arc::clone(&self.backend),
+            queue,
+            shared: Arc::clone(&self.shared),
+            siblings: Vec::new(),
+            flush: self.flush,
+            throttle,
+            serial: self.serial,
+            config_space: self.config_space,
             storage: ChainStorage::default(),
             metrics: Metrics::default(),
         })
@@ -295,10 +332,12 @@ impl Block {
             let backend = backend::open(&config, self.backend.locks())
                 .map_err(|error| UpdateError::Device(error.into()))?;
             // Requests are synchronous, so none is on its way to the old one.
-            self.config_space = config_space(&*backend, config.read_only());
-            self.backend = backend;
+            self.config_space = config_space(&*backend, &config);
+            self.backend = backend.into();
         }
         self.config = config;
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) =
+            (self.config.clone(), Arc::clone(&self.backend));
         self.throttle.patch(limits.as_ref());
         Ok(())
     }
@@ -317,6 +356,21 @@ impl VirtioDevice for Block {
 
     fn config_space(&self) -> &[u8] {
         &self.config_space
+    }
+
+    fn split(&mut self) -> Vec<Sibling> {
+        let sibling = |part: Block| Sibling {
+            queues: vec![part.queue],
+            device: Box::new(part),
+        };
+        self.siblings.drain(..).map(sibling).collect()
+    }
+
+    fn refresh(&mut self, _io: &mut Io<'_>) {
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.config, self.backend) = shared.clone();
+        drop(shared);
+        self.throttle.refresh();
     }
 
     fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -338,7 +392,7 @@ impl VirtioDevice for Block {
             return Ok(());
         }
         self.metrics.rate_limiter_event_count += 1;
-        self.serve_queue(QUEUE, io)
+        self.serve_queue(self.queue, io)
     }
 
     fn reset(&mut self) {
@@ -399,18 +453,21 @@ impl VirtioDevice for Block {
 }
 
 /// `struct virtio_blk_config` (virtio 1.2 §5.2.4), of which the unnamed fields belong to features that are not offered.
-fn config_space(backend: &dyn Backend, read_only: bool) -> [u8; CONFIG_SIZE] {
+fn config_space(backend: &dyn Backend, config: &Config) -> [u8; CONFIG_SIZE] {
     let mut space = [0; CONFIG_SIZE];
     let mut put = |at: usize, value: u32| space[at..at + 4].copy_from_slice(&value.to_le_bytes());
     put(12, SEG_MAX);
     put(20, 512);
-    if !read_only {
+    if !config.read_only() {
         put(36, MAX_DISCARD_SECTORS);
         put(40, 1);
         put(44, DISCARD_ALIGNMENT);
         put(48, MAX_WRITE_ZEROES_SECTORS);
         put(52, 1);
         put(56, 1);
+    }
+    if config.queue_count() > 1 {
+        space[34..36].copy_from_slice(&config.queue_count().to_le_bytes());
     }
     space[..8].copy_from_slice(&(backend.size() / SECTOR).to_le_bytes());
     space

@@ -4,6 +4,9 @@
 //! taken apart and checked by `request` with no I/O, then carried out on a [`Backend`], of which `raw` is the one for raw
 //! images. To add a backend, implement the trait and let `backend::open` choose it.
 //!
+//! With several queues there is a part of the device for each, all over one backend and one rate limiter; each runs by
+//! itself, perhaps on a loop of its own.
+//!
 //! The control thread builds the device. From DRIVER_OK to reset it runs on an io loop, with synchronous system calls:
 //! a slow disk holds up the devices of its loop, but no vCPU.
 
@@ -16,7 +19,7 @@ mod raw;
 mod request;
 
 pub use backend::OpenError;
-pub use config::{CacheType, Config, ConfigError, IoEngine, Patch};
+pub use config::{CacheType, Config, ConfigError, IoEngine, MAX_QUEUES, Patch};
 pub use device::Block;
 pub use metrics::Metrics;
 

@@ -6,6 +6,7 @@ mod limits;
 mod live;
 mod locks;
 mod noise;
+mod queues;
 mod requests;
 
 use std::io::Write;
@@ -65,6 +66,7 @@ fn config(image: &TempFile) -> Config {
         rate_limiter: None,
         io_engine: None,
         socket: None,
+        queues: None,
     }
 }
 
