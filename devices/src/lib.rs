@@ -24,6 +24,7 @@ mod random;
 pub mod rate_limiter;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod threads;
 pub mod timer;
 pub mod virtio;
 

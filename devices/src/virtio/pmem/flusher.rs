@@ -5,9 +5,11 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::threads;
 
 /// Names a flush.
 type Ticket = u64;
@@ -38,12 +40,11 @@ impl Flusher {
                 let _ = signal.write(1);
             }
         };
-        let builder = thread::Builder::new().name("flush".into()).stack_size(64 << 10);
         Ok(Self {
             orders: Some(orders),
             results,
             done,
-            thread: Some(builder.spawn(work)?),
+            thread: Some(threads::spawn("flush", 64 << 10, work)?),
             next: 0,
             current: None,
         })
