@@ -40,7 +40,9 @@ Usage: mayfly [OPTIONS]            (both `--option value` and `--option=value` w
   --show-log-origin                show file and line of origin in every line
   --metrics-path PATH              write metrics to this file or FIFO
 
-  --no-seccomp                     accepted: this version installs no system call filters
+  --no-seccomp                     let every thread make every system call
+  --seccomp-filter PATH            system call filters of your own, as JSON or compiled
+  --compile-seccomp PATH           compile filters and write them to standard output
   --start-time-us N                when the process was asked for, in us of the monotonic clock
   --start-time-cpu-us N            CPU time used until then
   --parent-cpu-time-us N           CPU time used by the parent until then
@@ -56,6 +58,8 @@ pub enum Command {
     Run(Box<Args>),
     /// Check a config file for a VM that would be started so.
     Check(PathBuf, Box<Args>),
+    /// Compile system call filters.
+    CompileFilters(PathBuf),
     /// Print the help text.
     Help,
     /// Print the version.
@@ -76,9 +80,21 @@ pub struct Args {
     pub max_metadata: usize,
     pub logger: LoggerConfig,
     pub metrics_path: Option<PathBuf>,
+    pub seccomp: Seccomp,
     pub start_time_us: Option<u64>,
     pub start_time_cpu_us: Option<u64>,
     pub parent_cpu_time_us: Option<u64>,
+}
+
+/// Which system call filters to install.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seccomp {
+    /// Those that Mayfly is built with.
+    BuiltIn,
+    /// Those in this file.
+    File(PathBuf),
+    /// None.
+    Off,
 }
 
 /// Why a command line was refused.
@@ -115,7 +131,7 @@ pub enum ArgsError {
 }
 
 /// All options with a value, and all without.
-const VALUED: [&str; 16] = [
+const VALUED: [&str; 17] = [
     "api-sock",
     "check-config",
     "config-file",
@@ -126,6 +142,7 @@ const VALUED: [&str; 16] = [
     "module",
     "metrics-path",
     "seccomp-filter",
+    "compile-seccomp",
     "start-time-us",
     "start-time-cpu-us",
     "parent-cpu-time-us",
@@ -210,6 +227,9 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command, ArgsE
         }
         options.0.push((name, value));
     }
+    if let Some(path) = options.path("compile-seccomp") {
+        return Ok(Command::CompileFilters(path));
+    }
     let args = Box::new(Args::new(&options)?);
     Ok(match options.path("check-config") {
         Some(path) => Command::Check(path, args),
@@ -230,10 +250,7 @@ fn value_of(parser: &mut lexopt::Parser, name: &str) -> Result<OsString, ArgsErr
 
 impl Args {
     fn new(options: &Options) -> Result<Self, ArgsError> {
-        for name in ["describe-snapshot", "snapshot-version", "seccomp-filter"] {
-            if name == "seccomp-filter" && options.has(name) && options.has("no-seccomp") {
-                return Err(ArgsError::Conflict("seccomp-filter", "no-seccomp"));
-            }
+        for name in ["describe-snapshot", "snapshot-version"] {
             if options.has(name) {
                 let expected = "this version of Mayfly does not have it".into();
                 return Err(ArgsError::Value {
@@ -274,10 +291,20 @@ impl Args {
             max_metadata: options.parsed("mmds-size-limit", bytes)?.unwrap_or(max_payload),
             logger: logger_config(options)?,
             metrics_path: options.path("metrics-path"),
+            seccomp: seccomp(options)?,
             start_time_us: options.parsed("start-time-us", micros)?,
             start_time_cpu_us: options.parsed("start-time-cpu-us", micros)?,
             parent_cpu_time_us: options.parsed("parent-cpu-time-us", micros)?,
         })
+    }
+}
+
+fn seccomp(options: &Options) -> Result<Seccomp, ArgsError> {
+    match (options.path("seccomp-filter"), options.has("no-seccomp")) {
+        (Some(_), true) => Err(ArgsError::Conflict("seccomp-filter", "no-seccomp")),
+        (Some(path), false) => Ok(Seccomp::File(path)),
+        (None, true) => Ok(Seccomp::Off),
+        (None, false) => Ok(Seccomp::BuiltIn),
     }
 }
 
@@ -377,6 +404,20 @@ mod tests {
             Command::Check(path, args) => assert_eq!((path, args.pci), ("f".into(), false)),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn installs_filters_unless_told_otherwise() {
+        assert_eq!(args(&[]).seccomp, Seccomp::BuiltIn);
+        assert_eq!(args(&["--no-seccomp"]).seccomp, Seccomp::Off);
+        assert_eq!(
+            args(&["--seccomp-filter", "f"]).seccomp,
+            Seccomp::File("f".into())
+        );
+        assert_eq!(
+            run(&["--compile-seccomp", "f"]),
+            Ok(Command::CompileFilters("f".into()))
+        );
     }
 
     #[test]

@@ -17,6 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::logger::{self, FATAL};
+use crate::seccomp::{self, Filters};
 
 /// Names a lane on its loop.
 type Number = u32;
@@ -37,9 +38,9 @@ enum Message {
 pub struct IoLoops(Vec<IoLoop>);
 
 impl IoLoops {
-    /// Starts that many loops, at least one, on threads called `io 0`, `io 1` and so on.
-    pub fn spawn(count: u8) -> io::Result<Self> {
-        let spawn = |index| IoLoop::spawn(&format!("io {index}"));
+    /// Starts that many loops, at least one, on threads called `io 0`, `io 1` and so on, with these filters.
+    pub fn spawn(count: u8, filters: &Filters) -> io::Result<Self> {
+        let spawn = |index| IoLoop::spawn(&format!("io {index}"), filters.clone());
         Ok(Self((0..count.max(1)).map(spawn).collect::<io::Result<_>>()?))
     }
 
@@ -84,7 +85,7 @@ struct IoLoop {
 }
 
 impl IoLoop {
-    fn spawn(name: &str) -> io::Result<Self> {
+    fn spawn(name: &str, filters: Filters) -> io::Result<Self> {
         let (messages, inbox) = mpsc::channel();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
@@ -97,6 +98,7 @@ impl IoLoop {
         };
         let builder = thread::Builder::new().name(name.into()).stack_size(256 << 10);
         let thread = Some(builder.spawn(move || {
+            filters.confine_or_die(seccomp::Thread::Io);
             logger::limit_this_thread();
             worker.work();
         })?);

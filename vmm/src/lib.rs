@@ -22,6 +22,7 @@ pub mod logger;
 pub mod memory;
 pub mod metrics;
 mod rehearsal;
+pub mod seccomp;
 pub mod signals;
 pub mod start;
 pub mod terminal;

@@ -3,20 +3,21 @@
 
 #![no_main]
 
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use api_server::{Request, Responder, Server, ServerConfig, SocketFile, Stopper};
 use vmm::api::{self, Call, RequestMetrics};
-use vmm::args::{self, Args, ArgsError, Command};
+use vmm::args::{self, Args, ArgsError, Command, Seccomp};
 use vmm::config::{self, MetricsConfig};
 use vmm::control_loop::{self, ControlLoop, Exit, Inbox};
 use vmm::controller::{self, Controller, Instance};
 use vmm::error::chain;
 use vmm::events::{Event, EventBus};
 use vmm::logger::LOGGER;
+use vmm::seccomp::{self, Filters};
 use vmm::signals::{self, Termination};
 use vmm::vm::Settings;
 
@@ -37,6 +38,7 @@ fn mayfly() -> u8 {
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Run(args)) => args,
         Ok(Command::Check(path, args)) => return check(&path, &args),
+        Ok(Command::CompileFilters(path)) => return compile_filters(&path),
         Ok(Command::Help) => {
             print!("{}", args::HELP);
             return 0;
@@ -88,12 +90,24 @@ fn mayfly() -> u8 {
 fn check(path: &Path, args: &Args) -> u8 {
     let checked = config::read_config_file(path)
         .map_err(Fatal::from)
-        .and_then(|config| controller(args, Arc::default())?.check(config));
+        .and_then(|config| controller(args, Filters::none(), Arc::default())?.check(config));
     match checked {
         Ok(()) => {
             println!("The config file '{}' can be used.", path.display());
             0
         }
+        Err(error) => {
+            eprintln!("mayfly: {}", chain(&*error));
+            GENERIC_ERROR
+        }
+    }
+}
+
+/// Writes compiled system call filters to standard output.
+fn compile_filters(path: &Path) -> u8 {
+    let compiled = seccomp::compile_file(path).map_err(Fatal::from);
+    match compiled.and_then(|image| Ok(io::stdout().write_all(&image)?)) {
+        Ok(()) => 0,
         Err(error) => {
             eprintln!("mayfly: {}", chain(&*error));
             GENERIC_ERROR
@@ -111,13 +125,17 @@ fn run(args: &Args) -> Result<Exit, Fatal> {
     vmm::kvm::install_kick_handler()?;
     log::info!("Running Mayfly v{}", env!("CARGO_PKG_VERSION"));
 
+    let filters = filters(args)?;
     let requests = Arc::new(RequestMetrics::default());
-    let (mut control, inbox) = control_loop(args, termination, Arc::clone(&requests))?;
+    let controller = controller(args, filters.clone(), Arc::clone(&requests))?;
+    let (mut control, inbox) = control_loop(args, controller, termination)?;
     let api = args
         .api_sock
         .as_ref()
-        .map(|path| Api::start(path, args, inbox, requests))
+        .map(|path| Api::start(path, args, &filters, (inbox, requests)))
         .transpose()?;
+    // Behind the start of the `api` thread, which is not to inherit it, and before anything that users wrote is read.
+    filters.confine(seccomp::Thread::Control)?;
     let result = boot_and_run(&mut control, args);
     let (code, signal) = match &result {
         Ok(Exit::Code(code)) => (Some(*code), None),
@@ -143,12 +161,28 @@ fn boot_and_run(control: &mut ControlLoop, args: &Args) -> Result<Exit, Fatal> {
     Ok(control.run()?)
 }
 
-fn controller(args: &Args, requests: Arc<RequestMetrics>) -> Result<Controller, Fatal> {
+/// The filters for all threads; from here on only they keep the process from starting programs with more rights.
+fn filters(args: &Args) -> Result<Filters, Fatal> {
+    let filters = match &args.seccomp {
+        Seccomp::Off => return Ok(Filters::none()),
+        Seccomp::BuiltIn => Filters::built_in(),
+        Seccomp::File(path) => Filters::from_file(path)?,
+    };
+    seccomp::give_up_new_privileges()?;
+    vmm::logger::load_time_zone();
+    let of_helpers = filters.clone();
+    devices::threads::begin_with(move || of_helpers.confine_or_die(seccomp::Thread::Flush));
+    Ok(filters)
+}
+
+fn controller(args: &Args, filters: Filters, requests: Arc<RequestMetrics>) -> Result<Controller, Fatal> {
     let metadata = config::read_metadata(args.metadata.as_deref(), args.max_metadata)?;
     let settings = Settings {
         pci: args.pci,
         boot_timer: args.boot_timer.then(vmm::clock::now_us),
         events: EventBus::default(),
+        filters,
+        api: args.api_sock.is_some(),
         metadata: Arc::new(metadata),
     };
     let startup_us = (vmm::clock::since_us(args.start_time_us), vmm::clock::cpu_us(args));
@@ -162,10 +196,9 @@ fn controller(args: &Args, requests: Arc<RequestMetrics>) -> Result<Controller, 
 
 fn control_loop(
     args: &Args,
+    mut controller: Controller,
     termination: Termination,
-    requests: Arc<RequestMetrics>,
 ) -> Result<(ControlLoop, Inbox), Fatal> {
-    let mut controller = controller(args, requests)?;
     if let Some(path) = &args.metrics_path {
         controller.set_metrics(MetricsConfig {
             metrics_path: path.clone(),
@@ -184,7 +217,12 @@ struct Api {
 }
 
 impl Api {
-    fn start(path: &Path, args: &Args, inbox: Inbox, metrics: Arc<RequestMetrics>) -> Result<Self, Fatal> {
+    fn start(
+        path: &Path,
+        args: &Args,
+        filters: &Filters,
+        (inbox, metrics): (Inbox, Arc<RequestMetrics>),
+    ) -> Result<Self, Fatal> {
         let (listener, socket) = SocketFile::bind(path)?;
         signals::remove_on_fault(path);
         let config = ServerConfig {
@@ -195,7 +233,7 @@ impl Api {
         Ok(Self {
             _socket: socket,
             stopper: server.stopper(),
-            thread: Some(serve(server, inbox, metrics)?),
+            thread: Some(serve(server, filters.clone(), inbox, metrics)?),
         })
     }
 }
@@ -211,7 +249,12 @@ impl Drop for Api {
 }
 
 /// Starts the `api` thread: it parses requests and hands actions to the control thread.
-fn serve(mut server: Server, inbox: Inbox, metrics: Arc<RequestMetrics>) -> io::Result<JoinHandle<()>> {
+fn serve(
+    mut server: Server,
+    filters: Filters,
+    inbox: Inbox,
+    metrics: Arc<RequestMetrics>,
+) -> io::Result<JoinHandle<()>> {
     let mut handler = move |request: Request, responder: Responder| {
         let call = Call::begin(&request, responder, &metrics);
         match api::route(&request) {
@@ -223,6 +266,7 @@ fn serve(mut server: Server, inbox: Inbox, metrics: Arc<RequestMetrics>) -> io::
         }
     };
     let work = move || {
+        filters.confine_or_die(seccomp::Thread::Api);
         if let Err(error) = server.run(&mut handler) {
             log::error!("The API server has stopped: {}", chain(&error));
         }

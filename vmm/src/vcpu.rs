@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::kvm::{self, ImmediateExit};
 use crate::logger::{self, FATAL};
 use crate::metrics::VcpuMetrics;
+use crate::seccomp::{self, Filters};
 use crate::x86_64::tsc;
 
 /// Why a vCPU stopped the machine.
@@ -37,6 +38,8 @@ pub struct VcpuShared {
     pub ended: EventFd,
     /// Why, set before the signal.
     pub reason: Mutex<Option<Ended>>,
+    /// What the threads may do.
+    pub filters: Filters,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -90,6 +93,7 @@ impl VcpuHandle {
             .name(format!("vcpu {id}"))
             .stack_size(256 << 10);
         let thread = builder.spawn(move || {
+            runner.shared.filters.confine_or_die(seccomp::Thread::Vcpu);
             logger::limit_this_thread();
             runner.work()
         })?;

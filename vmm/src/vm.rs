@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, BootError};
 use crate::config::{ConfigError, CpuConfigFileError, CpuConfigSource, VmConfig};
 use crate::device_memory::DeviceMemory;
-use crate::device_set::{DeviceSet, DeviceSetError, Platform, WiringError};
+use crate::device_set::{DeviceSet, DeviceSetError, Platform, WiringError, can_come_and_go};
 use crate::event_loop::IoLoops;
 use crate::events::EventBus;
 use crate::kvm::{self, KvmError};
@@ -24,6 +24,7 @@ use crate::legacy::{Legacy, LegacyError};
 use crate::memory::{self, MemoryError};
 use crate::metrics::prometheus::Exposition;
 use crate::metrics::{TickRate, Totals, add_to_sum};
+use crate::seccomp::Filters;
 use crate::vcpu::{Ended, VcpuHandle, VcpuShared};
 use crate::x86_64::cpu::{Cpu, CpuError};
 use crate::x86_64::{layout, tsc};
@@ -88,6 +89,13 @@ pub enum HotplugError {
     Device(#[from] DeviceSetError),
 }
 
+/// The filters of the threads that run this machine's devices: nothing for devices that can never come.
+fn io_filters(config: &VmConfig, settings: &Settings) -> Filters {
+    let present: Vec<_> = config.devices().iter().map(DeviceConfig::kind).collect();
+    let possible = |kind| present.contains(&kind) || (settings.api && can_come_and_go(kind));
+    settings.filters.clone().for_devices(possible, settings.api)
+}
+
 /// How machines are built, beyond their config.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -97,6 +105,10 @@ pub struct Settings {
     pub boot_timer: Option<u64>,
     /// The way to whoever listens to `GET /events`.
     pub events: EventBus,
+    /// What threads may do.
+    pub filters: Filters,
+    /// Whether there are clients who can change the machine.
+    pub api: bool,
     /// What the metadata service gives to guests.
     pub metadata: Arc<mmds::Store>,
 }
@@ -160,7 +172,7 @@ impl Vm {
         let mut command_line = boot::command_line(&config)?;
         let pci = settings.pci && !command_line.has_value("pci", "off");
 
-        let io_loops = IoLoops::spawn(machine.io_threads.unwrap_or(1));
+        let io_loops = IoLoops::spawn(machine.io_threads.unwrap_or(1), &io_filters(&config, settings));
         let io_loops = io_loops.map_err(|source| VmError::Host {
             op: "start an io loop",
             source,
@@ -203,6 +215,7 @@ impl Vm {
             mmio,
             ended,
             reason: Mutex::default(),
+            filters: settings.filters.clone(),
         });
         let vcpus = boot::create_vcpus(&vm, &ram, (&cpu, machine.vcpu_count), entry)?
             .into_iter()

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::api::{Action, Reply, RequestMetrics};
 use crate::boot::image::{Image, ImageKind};
 use crate::config::{LoggerConfig, MachineConfig, SerialConfig, VmConfig};
-use crate::device_set::DeviceSetError;
+use crate::device_set::{DeviceSetError, can_come_and_go};
 use crate::events::Event;
 use crate::logger::LOGGER;
 use crate::metrics::MetricsSink;
@@ -359,11 +359,6 @@ impl Controller {
         self.latencies.vmm_resume_vm = self.latencies.resume_vm;
         Ok(Reply::Done)
     }
-}
-
-/// Whether devices of this kind can be attached to and detached from a running machine.
-fn can_come_and_go(kind: DeviceKind) -> bool {
-    matches!(kind, DeviceKind::Block | DeviceKind::Net | DeviceKind::Pmem)
 }
 
 fn done(result: Result<(), VmError>) -> Result<Reply, ControlError> {

@@ -85,6 +85,11 @@ pub struct DeviceSet {
     devices: Vec<Attached>,
 }
 
+/// Whether devices of this kind can be attached to and detached from a running machine.
+pub(crate) fn can_come_and_go(kind: DeviceKind) -> bool {
+    matches!(kind, DeviceKind::Block | DeviceKind::Net | DeviceKind::Pmem)
+}
+
 impl DeviceSet {
     /// A set without devices; with `pci` there is a bus for them.
     pub fn new(platform: Platform, pio: &Arc<Bus>, pci: bool) -> Result<Self, WiringError> {

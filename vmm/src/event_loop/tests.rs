@@ -60,7 +60,7 @@ impl Device {
 
 #[test]
 fn lanes_spread_over_the_loops_and_fill_gaps() {
-    let loops = Arc::new(IoLoops::spawn(2).unwrap());
+    let loops = Arc::new(IoLoops::spawn(2, &Filters::none()).unwrap());
     let [one, two, three] = [(); 3].map(|()| start(&loops));
     assert_eq!(
         [one.thread(), two.thread(), three.thread()],
@@ -72,7 +72,7 @@ fn lanes_spread_over_the_loops_and_fill_gaps() {
 
 #[test]
 fn a_device_comes_back_from_whichever_loop_it_is_on() {
-    let loops = Arc::new(IoLoops::spawn(2).unwrap());
+    let loops = Arc::new(IoLoops::spawn(2, &Filters::none()).unwrap());
     let mut devices = [(); 2].map(|()| start(&loops));
     for device in &mut devices {
         device.thread();
@@ -87,7 +87,7 @@ fn a_device_comes_back_from_whichever_loop_it_is_on() {
 
 #[test]
 fn there_is_a_loop_at_least() {
-    let loops = Arc::new(IoLoops::spawn(0).unwrap());
+    let loops = Arc::new(IoLoops::spawn(0, &Filters::none()).unwrap());
     assert_eq!(start(&loops).thread(), "io 0");
 }
 

@@ -48,6 +48,11 @@ pub fn limit_this_thread() {
     LIMITED.set(true);
 }
 
+/// Reads the host's time zone, which the C library else does with the first line.
+pub fn load_time_zone() {
+    drop(Timestamp::now().to_string());
+}
+
 /// Changed before the machine starts, so that later no thread waits for another one here.
 struct Settings {
     id: String,
@@ -107,6 +112,14 @@ impl Logger {
         });
         log::set_max_level(config.level.map_or(LevelFilter::Info, |level| level.0));
         Ok(())
+    }
+
+    /// Writes a line from the handler of a fatal signal, if the log can be reached from where the thread stands.
+    pub fn last_words(&self, message: std::fmt::Arguments<'_>) {
+        if let Ok(settings) = self.settings.try_read() {
+            let record = Record::builder().level(log::Level::Error).build();
+            self.write(&settings, &record, message);
+        }
     }
 
     /// Lines that could not be written.
