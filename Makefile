@@ -4,7 +4,7 @@ DESTDIR ?=
 RELEASE := target/x86_64-unknown-linux-gnu/release
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test check fuzz bench install clean
+.PHONY: help run build test soak check fuzz bench install clean
 
 help: ## show this text
 	@awk -F ':[^#]*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ test: ## unit tests, life-cycle tests, and tests with real guests (in an emulate
 
 check: ## formatting, lints, docs, unit tests, file lengths, short fuzz runs
 	@resources/check/check.sh
+
+soak: ## tests that take hours: 1000 hotplugs, 1 GiB each way over vsock, a disk's writer killed 300 times
+	@tests/run-tests.sh --soak
 
 fuzz: ## fuzz every target for FUZZ_SECONDS (default 600)
 	@tests/fuzz/run.sh $${FUZZ_SECONDS:-600}

@@ -5,7 +5,8 @@
 # Everything needs root, for network taps. Fails if no guest booted.
 #
 # usage: run-tests.sh [--unit | --life-cycle | --openapi | --guest] [FILTER...]
-#   (default: all parts; FILTER: part of a test's name)
+#        run-tests.sh --soak
+#   (default: all parts; FILTER: part of a test's name; --soak: the tests that can go on for longer, for long)
 # environment: MAYFLY_TEST_THREADS   guest tests at a time (default 2)
 # The output of the last run is kept in build/tests.
 set -euo pipefail
@@ -89,6 +90,15 @@ guest_tests() {
     run_in_lab guest "$MAYFLY_TEST_THREADS"
 }
 
+# Tests that can go on for longer, and how long they do for `make soak`.
+readonly SOAKS=(plugging_again_and_again streams_work_both_ways_on_pci an_image_survives_the_death)
+soak() {
+    export MAYFLY_HOTPLUG_CYCLES=1000 MAYFLY_VSOCK_MIB=1024 MAYFLY_QCOW2_KILLS=300
+    export MAYFLY_TEST_THREADS=1
+    lab_time=7200
+    filters=("${SOAKS[@]}")
+}
+
 # run_in_lab PART THREADS: runs the tests listed in $LOGS/pending where there is KVM. An emulated host can die of a fault
 # in the emulation; then what has not passed runs again in a new one. What failed in an emulated host runs once more, alone
 # in a new one, as a fault of the emulation can also look like one of the guest; the summary names what passed only then.
@@ -96,7 +106,7 @@ run_in_lab() {
     local try code threads=$2 again=''
     for ((try = 1; try <= LAB_TRIES; try++)); do
         code=0
-        tests/lab/lab.sh --share-out "$LOGS" --memory "$(lab_memory)" -- \
+        tests/lab/lab.sh --share-out "$LOGS" --memory "$(lab_memory)" --timeout "$lab_time" -- \
             tests/run-tests.sh --listed "$threads" || code=$?
         # The log is written by a pipe of its own.
         sleep 1
@@ -165,13 +175,20 @@ summary() {
 
 main() {
     local parts='unit life-cycle openapi guest' filters=() failed=() life_cycle=() guest=() program list
+    # Seconds after which a lab host is given up.
+    local lab_time=3600
     case ${1:-} in
         --listed) run_listed "$2" <"$LOGS/pending" && exit || exit 1 ;;
         --unit | --life-cycle | --openapi | --guest) parts=${1#--} && shift ;;
         -h | --help) usage && exit ;;
+        --soak) ;;
         -*) die "unknown option $1 (try --help)" ;;
     esac
     filters=("$@")
+    if [[ ${1:-} == --soak ]]; then
+        parts='life-cycle guest'
+        soak
+    fi
     ((EUID == 0)) || die "needs root: tests create network taps, and the lab shares this machine's files"
     require_tools cc:gcc curl:curl ip:iproute2 iptables:iptables sysctl:procps
     rm -rf "$LOGS"
