@@ -86,6 +86,11 @@ impl Net {
         Self(json!({"iface_id": id, "host_dev_name": tap}))
     }
 
+    /// A card without a tap that has a name; other settings say what it is connected to.
+    pub fn unnamed(id: &str) -> Self {
+        Self(json!({"iface_id": id}))
+    }
+
     /// Any other setting.
     pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
         self.0[key] = value.into();

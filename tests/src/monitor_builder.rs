@@ -1,9 +1,11 @@
 //! How a `mayfly` process is started.
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use crate::monitor::{LOG, METRICS, Monitor, SOCKET};
 use crate::terminal::{Terminal, take_terminal};
@@ -72,6 +74,18 @@ impl MonitorBuilder {
     pub fn prepare(mut self, prepare: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static) -> Self {
         self.prepare = Some(Box::new(prepare));
         self
+    }
+
+    /// Passes an open file on to the process, under this number.
+    pub fn inherit(self, file: Arc<File>, number: RawFd) -> Self {
+        self.prepare(move || {
+            // SAFETY: needed as the standard library passes no other files on than the first three. The call is allowed
+            // between fork and exec, and a copy under another number stays open on exec.
+            match unsafe { libc::dup2(file.as_raw_fd(), number) } {
+                -1 => Err(std::io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        })
     }
 
     /// Lets a process of any user create files in its folder.

@@ -1,6 +1,6 @@
 //! A tap interface with an address of the host, for the time of a test.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -46,6 +46,11 @@ impl Tap {
         &self.name
     }
 
+    /// Opens it, as an orchestrator does that passes it on.
+    pub fn open(&self) -> Result<File> {
+        Ok(attach(&self.name)?)
+    }
+
     /// True when there is a network interface of this name.
     pub fn exists(name: &str) -> bool {
         Path::new("/sys/class/net").join(name).exists()
@@ -67,13 +72,19 @@ impl Drop for Tap {
     }
 }
 
-/// Attaches to the tap, which creates it when it is not there, and makes it stay or go.
-fn set_persistent(name: &str, persistent: bool) -> io::Result<()> {
+/// Attaches to the tap, which creates it when it is not there.
+fn attach(name: &str) -> io::Result<File> {
     let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let mut request = request(name)?;
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = i16::try_from(flags).map_err(io::Error::other)?;
     ioctl(&tun, libc::TUNSETIFF, &mut request)?;
+    Ok(tun)
+}
+
+/// Makes the tap stay, for which it is created when it is not there, or go.
+fn set_persistent(name: &str, persistent: bool) -> io::Result<()> {
+    let tun = attach(name)?;
     // SAFETY: needed because the standard library knows no taps. This request takes a plain number.
     match unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETPERSIST, i32::from(persistent)) } {
         0 => Ok(()),

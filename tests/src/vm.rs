@@ -1,8 +1,10 @@
 //! A test's machine: what it is to be, and then the running one.
 
+use std::fs::File;
 use std::ops::Deref;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value, json};
 
@@ -39,6 +41,7 @@ pub struct TestVm {
     nets: Vec<Net>,
     pmem: Vec<Pmem>,
     sections: Map<String, Value>,
+    inherited: Option<(Arc<File>, RawFd)>,
 }
 
 impl TestVm {
@@ -59,6 +62,7 @@ impl TestVm {
             nets: Vec::new(),
             pmem: Vec::new(),
             sections: Map::new(),
+            inherited: None,
         }
     }
 
@@ -127,6 +131,12 @@ impl TestVm {
     /// Any other section of the config file, which is also the name of an API resource.
     pub fn section(mut self, name: &str, value: Value) -> Self {
         self.sections.insert(name.into(), value);
+        self
+    }
+
+    /// Passes an open file on to the monitor, under this number.
+    pub fn inherit(mut self, file: File, number: RawFd) -> Self {
+        self.inherited = Some((Arc::new(file), number));
         self
     }
 
@@ -216,7 +226,11 @@ impl TestVm {
     }
 
     fn monitor(&self) -> Result<MonitorBuilder> {
-        Ok(MonitorBuilder::new(&self.name)?.args(self.args.clone()).metrics())
+        let builder = MonitorBuilder::new(&self.name)?.args(self.args.clone()).metrics();
+        Ok(match &self.inherited {
+            Some((file, number)) => builder.inherit(Arc::clone(file), *number),
+            None => builder,
+        })
     }
 
     fn with_config_file(&self) -> Result<MonitorBuilder> {

@@ -124,6 +124,25 @@ fn a_link_goes_down_and_up_on_mmio() -> Result {
 }
 
 #[test]
+fn a_guest_is_on_a_tap_that_the_monitor_inherited() -> Result {
+    let tap = tap(8)?;
+    let scratch = Scratch::new("inherited")?;
+    let disk = scratch.file("disk", pattern(AMOUNT))?;
+    let vm = TestVm::new("inherited")
+        .inherit(tap.open()?, 50)
+        .net(Net::unnamed("net0").with("host_fd", 50))
+        .drive(Drive::new("data", disk).read_only())
+        .boot_arg("mayfly.ip=10.80.8.2/24")
+        .boot()?;
+    let network = Network {
+        vm,
+        number: 8,
+        _scratch: scratch,
+    };
+    network.assert_guest_fetches(8)
+}
+
+#[test]
 fn a_card_moves_to_another_tap_unnoticed_by_its_guest() -> Result {
     let (network, old) = boot("link-move", 5, |vm| vm)?;
     let new = tap(6)?;

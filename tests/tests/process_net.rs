@@ -3,14 +3,22 @@
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
-use mayfly_tests::{HOST_TIMEOUT, Net, Result, Scratch, Tap, TestVm, TinyKernel, Vm};
+use mayfly_tests::{HOST_TIMEOUT, MonitorBuilder, Net, Result, Scratch, Tap, TestVm, TinyKernel, Vm};
 use serde_json::{Value, json};
 
 fn start(name: &str, nets: impl IntoIterator<Item = Net>) -> Result<Vm> {
+    start_with(name, nets, |vm| vm)
+}
+
+fn start_with(
+    name: &str,
+    nets: impl IntoIterator<Item = Net>,
+    customize: impl FnOnce(TestVm) -> TestVm,
+) -> Result<Vm> {
     let scratch = Scratch::new(name)?;
     let kernel = TinyKernel::new().print("up\n").halt().write(&scratch)?;
     let vm = TestVm::new(name).kernel(kernel);
-    let vm = nets.into_iter().fold(vm, TestVm::net).start()?;
+    let vm = customize(nets.into_iter().fold(vm, TestVm::net)).start()?;
     assert!(vm.console().wait_for("up\n", Instant::now() + HOST_TIMEOUT));
     Ok(vm)
 }
@@ -107,5 +115,66 @@ fn a_link_is_up_or_down() -> Result {
     );
     let fault = refusal(&vm, "net1", json!({"link_state": "down"}))?;
     assert!(fault.contains("there is no device 'net1'"), "{fault}");
+    Ok(())
+}
+
+/// The number under which an open tap is passed on.
+const FD: i32 = 50;
+
+#[test]
+fn a_card_takes_a_tap_that_the_process_inherited() -> Result {
+    let (tap, other) = (tap(7)?, tap(8)?);
+    let card = Net::unnamed("net0").with("host_fd", FD);
+    let file = tap.open()?;
+    let vm = start_with("net-fd", [card], |vm| vm.inherit(file, FD))?;
+    assert!(is_taken(&tap)?);
+    assert!(shown(&vm)?.contains(r#""host_fd":50"#));
+
+    let delete = vm.request("DELETE", "/network-interfaces/net0", r#"{"force":true}"#)?;
+    delete.success()?;
+    let again = json!({"iface_id": "net0", "host_fd": FD});
+    vm.put("/network-interfaces/net0", &again)?.success()?;
+
+    patch(&vm, "net0", json!({"host_dev_name": other.name()}))?;
+    assert!(is_taken(&other)?);
+    let shown = shown(&vm)?;
+    assert!(
+        shown.contains(r#""host_dev_name":"mfpnet8""#) && !shown.contains("host_fd"),
+        "{shown}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_descriptor_that_is_no_tap_of_its_own_is_refused() -> Result {
+    let tap = tap(9)?;
+    let builder = MonitorBuilder::new("net-fd-bad")?.inherit(tap.open()?.into(), FD);
+    let monitor = builder.start()?;
+    let put = |id: &str, fields: &str| {
+        let body = format!(r#"{{"iface_id":"{id}",{fields}}}"#);
+        monitor.request("PUT", &format!("/network-interfaces/{id}"), &body)
+    };
+    put("net0", r#""host_fd":50"#)?.success()?;
+    put("net0", r#""host_fd":50"#)?.success()?;
+    let refused = [
+        (
+            r#""host_fd":50"#,
+            "host_fd 50 is already used by interface 'net0'",
+        ),
+        (r#""host_fd":51"#, "host_fd 51 is not open"),
+        (r#""host_fd":0"#, "host_fd 0 is no tap"),
+        (r#""host_fd":-1"#, "host_fd -1 is not open"),
+        (
+            r#""host_fd":50,"host_dev_name":"tap0""#,
+            "has both host_dev_name and host_fd",
+        ),
+        (
+            r#""host_fd":null"#,
+            "missing field `host_dev_name` at line 1 column 34",
+        ),
+    ];
+    for (fields, words) in refused {
+        put("net1", fields)?.assert_refused(&[words]);
+    }
     Ok(())
 }

@@ -33,12 +33,13 @@ impl Backend for Wire {
 pub fn card() -> (Net<Wire>, UnixDatagram) {
     let config = Config {
         iface_id: "eth0".into(),
-        host_dev_name: "tap0".into(),
+        host_dev_name: Some("tap0".into()),
         guest_mac: None,
         mtu: Some(1500),
         rx_rate_limiter: None,
         tx_rate_limiter: None,
         link_state: None,
+        host_fd: None,
     };
     let (near, far) = UnixDatagram::pair().expect("the host has descriptors left");
     for end in [&near, &far] {

@@ -92,6 +92,14 @@ pub enum ConfigError {
         /// Who has it.
         id: String,
     },
+    /// Two network interfaces with one inherited tap.
+    #[error("Network config error: host_fd {fd} is already used by interface '{id}'")]
+    DescriptorInUse {
+        /// The descriptor's number.
+        fd: i32,
+        /// Who has it.
+        id: String,
+    },
     /// The metadata service could not be reached; the prefix is spelled as clients of the API know it.
     #[error("MMMDS config error: {0}")]
     Mmds(#[from] mmds::ConfigError),
@@ -283,6 +291,13 @@ impl VmConfig {
         if let (Some(mac), Some(other)) = (&net.guest_mac, self.network_interfaces.iter().find(twin)) {
             return Err(ConfigError::MacInUse {
                 mac: mac.to_string(),
+                id: other.iface_id.clone(),
+            });
+        }
+        let twin = |n: &&net::Config| n.iface_id != net.iface_id && n.host_fd == net.host_fd;
+        if let (Some(fd), Some(other)) = (net.host_fd, self.network_interfaces.iter().find(twin)) {
+            return Err(ConfigError::DescriptorInUse {
+                fd,
                 id: other.iface_id.clone(),
             });
         }

@@ -1,9 +1,13 @@
 //! What the user asks of a network interface: [`Config`] is the API body, the config file's section, the answer to
 //! `GET` and the snapshot's config, all in one.
 
+use std::fmt;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{Error, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{MacAddr, Net, OpenError, Tap};
 use crate::mmds::Mmds;
@@ -26,13 +30,17 @@ pub enum LinkState {
 }
 
 /// A network interface as the user describes it.
+///
+/// Mayfly's own fields come last, and are shown only when they are set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, remote = "Self")]
 pub struct Config {
     /// The interface's id in the API.
     pub iface_id: String,
-    /// The host's tap; one that does not exist is created and vanishes with the VM.
-    pub host_dev_name: String,
+    /// The host's tap; one that does not exist is created and vanishes with the VM. Absent when the host's end of the
+    /// interface is something else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_dev_name: Option<String>,
     /// The guest's Ethernet address; without one the guest makes up its own.
     pub guest_mac: Option<MacAddr>,
     /// The MTU that the guest is told. The tap's own MTU stays as the host's administrator set it.
@@ -44,8 +52,42 @@ pub struct Config {
     #[serde(serialize_with = "serialize_effective")]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
     /// The link at first; up when absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_state: Option<LinkState>,
+    /// In place of `host_dev_name`: the number of a descriptor that this process inherited, of an open tap.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_fd: Option<RawFd>,
+}
+
+impl Serialize for Config {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+/// Clients know that `host_dev_name` is missing, and where, unless something stands in its place.
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_struct("NetworkInterfaceConfig", &[], ConfigVisitor)
+    }
+}
+
+struct ConfigVisitor;
+
+impl<'de> Visitor<'de> for ConfigVisitor {
+    type Value = Config;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("struct NetworkInterfaceConfig")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Config, A::Error> {
+        Config::deserialize(MapAccessDeserializer::new(map))?.complete()
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Config, A::Error> {
+        Config::deserialize(SeqAccessDeserializer::new(seq))?.complete()
+    }
 }
 
 /// A change of a live interface. A bucket that is left out stays as it is, one of size or refill time zero is removed.
@@ -75,6 +117,12 @@ pub enum ConfigError {
         /// What the user wrote.
         name: String,
     },
+    /// Two ends on the host.
+    #[error("interface '{iface_id}' has both host_dev_name and host_fd: give one of them")]
+    TwoTaps {
+        /// Which interface.
+        iface_id: String,
+    },
     /// The MTU is too small.
     #[error("MTU {mtu} is out of range [{MIN_MTU}, {}]", u16::MAX)]
     Mtu {
@@ -86,7 +134,15 @@ pub enum ConfigError {
 impl Config {
     /// Checks all that can be checked without touching the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        check_name(&self.host_dev_name)?;
+        match (&self.host_dev_name, self.host_fd) {
+            (Some(_), Some(_)) => {
+                return Err(ConfigError::TwoTaps {
+                    iface_id: self.iface_id.clone(),
+                });
+            }
+            (Some(name), None) => check_name(name)?,
+            (None, _) => {}
+        }
         if let Some(mtu) = self.mtu.filter(|&mtu| mtu < MIN_MTU) {
             return Err(ConfigError::Mtu { mtu });
         }
@@ -97,12 +153,27 @@ impl Config {
     pub fn patch(&mut self, patch: Patch) -> Result<(), ConfigError> {
         if let Some(name) = patch.host_dev_name {
             check_name(&name)?;
-            self.host_dev_name = name;
+            (self.host_dev_name, self.host_fd) = (Some(name), None);
         }
         self.link_state = patch.link_state.or(self.link_state);
         RateLimiterConfig::patch(&mut self.rx_rate_limiter, patch.rx_rate_limiter.as_ref());
         RateLimiterConfig::patch(&mut self.tx_rate_limiter, patch.tx_rate_limiter.as_ref());
         Ok(())
+    }
+
+    /// Checks that it says what the host's end is.
+    fn complete<E: Error>(self) -> Result<Self, E> {
+        if self.host_dev_name.is_none() && self.host_fd.is_none() {
+            return Err(E::missing_field("host_dev_name"));
+        }
+        Ok(self)
+    }
+
+    fn tap(&self) -> Result<Tap, OpenError> {
+        match self.host_fd {
+            Some(fd) => Tap::inherit(fd),
+            None => Tap::open(self.host_dev_name.as_deref().unwrap_or_default()),
+        }
     }
 
     /// Opens the tap and makes the device, which serves `mmds` when that says so.
@@ -114,7 +185,7 @@ impl Config {
                 self.iface_id
             );
         }
-        let net = Net::new(self, Tap::open(&self.host_dev_name)?);
+        let net = Net::new(self, self.tap()?);
         match mmds.filter(|mmds| mmds.is_served_by(&self.iface_id)) {
             Some(mmds) => net
                 .with_mmds(Arc::clone(mmds))
@@ -147,7 +218,7 @@ mod tests {
 
     fn named(name: &str) -> Config {
         Config {
-            host_dev_name: name.into(),
+            host_dev_name: Some(name.into()),
             ..config(r#"{"iface_id":"eth0","host_dev_name":"tap0"}"#)
         }
     }
@@ -178,6 +249,54 @@ mod tests {
                 "{mac}: {error}"
             );
         }
+    }
+
+    #[test]
+    fn misses_the_tap_as_clients_expect() {
+        let error = serde_json::from_str::<Config>(r#"{"iface_id":"a"}"#).unwrap_err();
+        let expected = "missing field `host_dev_name` at line 1 column 16";
+        assert_eq!(error.to_string(), expected);
+        let error = serde_json::from_str::<Config>("null").unwrap_err().to_string();
+        assert!(
+            error.starts_with("invalid type: null, expected struct NetworkInterfaceConfig"),
+            "{error}"
+        );
+        let error = serde_json::from_str::<Config>("[]").unwrap_err().to_string();
+        assert!(error.starts_with("invalid length 0, expected struct"), "{error}");
+        assert!(serde_json::from_str::<Config>(r#"["a","tap0",null,1500,null,null]"#).is_ok());
+    }
+
+    #[test]
+    fn takes_a_descriptor_in_place_of_a_name() {
+        let config = config(r#"{"iface_id":"a","host_fd":9}"#);
+        assert_eq!(config.validate(), Ok(()));
+        let json = serde_json::to_string(&config).unwrap();
+        assert!(
+            json.starts_with(r#"{"iface_id":"a","guest_mac":null"#) && json.ends_with(r#","host_fd":9}"#),
+            "{json}"
+        );
+        assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
+
+        let both = Config {
+            host_dev_name: Some("tap0".into()),
+            ..config
+        };
+        let error = both.validate().unwrap_err().to_string();
+        assert!(
+            error.contains("interface 'a' has both host_dev_name and host_fd"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_patch_moves_an_interface_away_from_its_descriptor() {
+        let mut config = config(r#"{"iface_id":"a","host_fd":9}"#);
+        let patch = r#"{"iface_id":"a","host_dev_name":"tap1"}"#;
+        config.patch(serde_json::from_str(patch).unwrap()).unwrap();
+        assert_eq!(
+            (config.host_dev_name.as_deref(), config.host_fd),
+            (Some("tap1"), None)
+        );
     }
 
     #[test]
@@ -252,7 +371,7 @@ mod tests {
         config.patch(serde_json::from_str(patch).unwrap()).unwrap();
         let nothing = serde_json::from_str(r#"{"iface_id":"eth0"}"#).unwrap();
         config.patch(nothing).unwrap();
-        assert_eq!(config.host_dev_name, "tap1");
+        assert_eq!(config.host_dev_name.as_deref(), Some("tap1"));
         let json = serde_json::to_string(&config).unwrap();
         assert!(
             json.ends_with(r#""tx_rate_limiter":null,"link_state":"down"}"#),

@@ -9,6 +9,7 @@ mod backend;
 mod config;
 mod detour;
 pub mod feature;
+mod inherited;
 mod link;
 mod mac;
 mod metrics;

@@ -5,13 +5,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use libc::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6};
 
 use super::backend::{Backend, HEADER_LEN};
-use super::{ConfigError, feature};
+use super::{ConfigError, feature, inherited};
 
 const DEVICE: &str = "/dev/net/tun";
 const TAP_FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -56,6 +56,14 @@ pub enum OpenError {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// An inherited descriptor is no tap, or not one that can be used.
+    #[error("host_fd {fd} {what}")]
+    Descriptor {
+        /// Its number.
+        fd: RawFd,
+        /// What is wrong with it, and what to do.
+        what: &'static str,
+    },
     /// The host has no timer or no random bytes for the metadata service.
     #[error("cannot set up the metadata service")]
     Mmds {
@@ -90,6 +98,19 @@ impl Tap {
             .custom_flags(libc::O_NONBLOCK)
             .open(DEVICE)
             .map_err(|source| OpenError::Driver { source })?;
+        attach(&file, name).map_err(|source| refusal(name, source))?;
+        Self::set_up(file, name)
+    }
+
+    /// Uses the tap that is open as descriptor `fd`, which this process inherited. That descriptor stays open and as
+    /// it is, so that a start that failed can be tried again, and a card that was detached can come back.
+    pub fn inherit(fd: RawFd) -> Result<Self, OpenError> {
+        let file = inherited::duplicate(fd).map_err(|what| OpenError::Descriptor { fd, what })?;
+        Self::set_up(file, &format!("of host_fd {fd}"))
+    }
+
+    /// Sets an attached tap up; errors call it `name`.
+    fn set_up(file: File, name: &str) -> Result<Self, OpenError> {
         let host = |op| {
             move |source| OpenError::Host {
                 op,
@@ -97,7 +118,6 @@ impl Tap {
                 source,
             }
         };
-        attach(&file, name).map_err(|source| refusal(name, source))?;
         set_header_len(&file).map_err(host("set the header size"))?;
         let offloads = probe_offloads(&file).map_err(host("set the offloads"))?;
         Ok(Self { file, offloads })
@@ -203,7 +223,7 @@ fn interface_name(name: &str) -> [libc::c_char; libc::IFNAMSIZ] {
 }
 
 /// The name and the flags of the tap that the descriptor is bound to.
-fn request(file: &File) -> io::Result<libc::ifreq> {
+fn request(file: &impl AsRawFd) -> io::Result<libc::ifreq> {
     let mut request = libc::ifreq {
         ifr_name: [0; libc::IFNAMSIZ],
         ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: 0 },
@@ -213,7 +233,7 @@ fn request(file: &File) -> io::Result<libc::ifreq> {
     Ok(request)
 }
 
-fn flags_of(file: &File) -> io::Result<libc::c_int> {
+pub(super) fn flags_of(file: &impl AsRawFd) -> io::Result<libc::c_int> {
     let request = request(file)?;
     // SAFETY: needed to read a union; TUNGETIFF has filled this member in, and any bits are valid.
     Ok(unsafe { request.ifr_ifru.ifru_flags }.into())
@@ -230,7 +250,7 @@ fn set_offload_flags(file: &File, flags: libc::c_uint) -> io::Result<()> {
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
 }
 
-fn check(result: libc::c_int) -> io::Result<()> {
+pub(super) fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

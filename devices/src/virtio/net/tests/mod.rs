@@ -1,6 +1,7 @@
 //! The network device from the outside: a [`Guest`] with both queues in plain memory, and a socket pair for the tap.
 
 mod device;
+mod inherited;
 mod limits;
 mod link;
 mod mmds;

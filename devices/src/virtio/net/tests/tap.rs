@@ -91,7 +91,7 @@ fn accepts_every_subset_of_the_offloads_that_it_offers() {
 /// A device on the tap `name`, which is up then.
 fn device(name: &str) -> Net {
     let config = Config {
-        host_dev_name: name.into(),
+        host_dev_name: Some(name.into()),
         ..config("")
     };
     let net = config.build(None);
