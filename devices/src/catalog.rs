@@ -146,7 +146,7 @@ impl DeviceConfig {
     pub fn check(&self) -> Result<(), BuildError> {
         match self {
             Self::Block(config) => drop(config.build()?),
-            Self::Net(config) => drop(config.build(None)?),
+            Self::Net(config) => config.check()?,
             Self::Vsock(config) => drop(config.build()?),
             Self::Balloon(config) => drop(config.build()?),
             Self::Entropy(_) | Self::Pmem(_) => {}
@@ -159,7 +159,7 @@ impl DeviceConfig {
     pub fn build(&self, services: &Services<'_>) -> Result<Box<dyn VirtioDevice>, BuildError> {
         Ok(match self {
             Self::Block(config) => Box::new(config.build()?),
-            Self::Net(config) => Box::new(config.build(services.mmds)?),
+            Self::Net(config) => config.build(services.mmds)?,
             Self::Entropy(config) => Box::new(config.build()),
             Self::Balloon(config) => Box::new(config.build()?),
             Self::Pmem(config) => Box::new(config.build(services.memory)?),

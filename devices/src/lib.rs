@@ -26,6 +26,7 @@ pub mod rate_limiter;
 pub mod testing;
 pub mod threads;
 pub mod timer;
+mod unix_socket;
 pub mod virtio;
 
 /// Guest memory, as every device sees it.

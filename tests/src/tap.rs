@@ -13,8 +13,9 @@ use libc::{c_ulong, ifreq};
 
 use crate::{Failure, Result};
 
-/// How often a tap is asked to go that a dying process still holds.
+/// How often a tap is tried that is busy, and how long apart.
 const TRIES: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A persistent tap that is up, with the address given and the netmask 255.255.255.0. It is removed when dropped.
 #[derive(Debug)]
@@ -48,7 +49,7 @@ impl Tap {
 
     /// Opens it, as an orchestrator does that passes it on.
     pub fn open(&self) -> Result<File> {
-        Ok(attach(&self.name)?)
+        Ok(patiently(|| attach(&self.name))?)
     }
 
     /// True when there is a network interface of this name.
@@ -59,17 +60,21 @@ impl Tap {
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        for _ in 0..TRIES {
-            match set_persistent(&self.name, false) {
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                    thread::sleep(Duration::from_millis(20))
-                }
-                Err(error) => return eprintln!("cannot remove tap {}: {error}", self.name),
-                Ok(()) => return,
-            }
+        if let Err(error) = patiently(|| set_persistent(&self.name, false)) {
+            eprintln!("cannot remove tap {}: {error}", self.name);
         }
-        eprintln!("cannot remove tap {}: it is still in use", self.name);
     }
+}
+
+/// Tries again while a process that is dying, or not yet the program that it is to run, still holds the tap.
+fn patiently<T>(attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    for _ in 0..TRIES {
+        match attempt() {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => thread::sleep(PAUSE),
+            result => return result,
+        }
+    }
+    attempt()
 }
 
 /// Attaches to the tap, which creates it when it is not there.

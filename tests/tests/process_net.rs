@@ -1,6 +1,8 @@
 //! Network cards of a running machine whose guest is a few instructions: changes of link and tap over the API.
 
 use std::net::Ipv4Addr;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::time::Instant;
 
 use mayfly_tests::{HOST_TIMEOUT, MonitorBuilder, Net, Result, Scratch, Tap, TestVm, TinyKernel, Vm};
@@ -165,8 +167,8 @@ fn a_descriptor_that_is_no_tap_of_its_own_is_refused() -> Result {
         (r#""host_fd":0"#, "host_fd 0 is no tap"),
         (r#""host_fd":-1"#, "host_fd -1 is not open"),
         (
-            r#""host_fd":50,"host_dev_name":"tap0""#,
-            "has both host_dev_name and host_fd",
+            r#""host_fd":51,"host_dev_name":"tap0""#,
+            "has not one end on the host",
         ),
         (
             r#""host_fd":null"#,
@@ -175,6 +177,84 @@ fn a_descriptor_that_is_no_tap_of_its_own_is_refused() -> Result {
     ];
     for (fields, words) in refused {
         put("net1", fields)?.assert_refused(&[words]);
+    }
+    Ok(())
+}
+
+/// A card on the program that listens at `socket`.
+fn on_passt(socket: &Path) -> Net {
+    let socket = socket.display().to_string();
+    Net::unnamed("net0")
+        .with("backend", "passt")
+        .with("socket", socket)
+}
+
+#[test]
+fn a_card_calls_passt_when_the_machine_starts() -> Result {
+    let scratch = Scratch::new("net-passt")?;
+    let socket = scratch.join("passt.sock");
+    let listener = UnixListener::bind(&socket)?;
+    listener.set_nonblocking(true)?;
+    let vm = start("net-passt", [on_passt(&socket)])?;
+    assert!(listener.accept().is_ok());
+    assert!(listener.accept().is_err(), "passt was called more than once");
+    let expected = format!(r#""backend":"passt","socket":"{}"}}]"#, socket.display());
+    let body = vm.get("/vm/config")?.body;
+    assert!(body.contains(&expected), "{body}");
+
+    let fault = refusal(
+        &vm,
+        "net0",
+        json!({"host_dev_name": "mfpnet0", "link_state": "down"}),
+    )?;
+    assert!(
+        fault.contains("only an interface on a tap can move to another"),
+        "{fault}"
+    );
+    assert!(!shown(&vm)?.contains("link_state"));
+    patch(&vm, "net0", json!({"link_state": "down"}))
+}
+
+#[test]
+fn a_start_without_passt_is_refused_and_can_be_tried_again() -> Result {
+    let scratch = Scratch::new("net-no-passt")?;
+    let kernel = TinyKernel::new().print("up\n").halt().write(&scratch)?;
+    let socket = scratch.join("passt.sock");
+    let monitor = MonitorBuilder::new("net-no-passt")?.start()?;
+    monitor
+        .put("/boot-source", &json!({"kernel_image_path": kernel}))?
+        .success()?;
+    let card = json!({"iface_id": "net0", "backend": "passt", "socket": socket});
+    monitor.put("/network-interfaces/net0", &card)?.success()?;
+    let start = json!({"action_type": "InstanceStart"});
+    let refused = monitor.put("/actions", &start)?;
+    refused.assert_refused(&["passt.sock': is passt running, with --socket and this path?"]);
+
+    let listener = UnixListener::bind(&socket)?;
+    monitor.action("InstanceStart")?;
+    drop(listener);
+    Ok(())
+}
+
+#[test]
+fn a_card_without_one_end_is_refused() -> Result {
+    let monitor = MonitorBuilder::new("net-ends")?.start()?;
+    for (fields, words) in [
+        (r#""backend":"passt""#, "missing field `socket`"),
+        (r#""socket":"/tmp/s""#, "missing field `host_dev_name`"),
+        (
+            r#""backend":"passt","socket":"/tmp/s","host_fd":3"#,
+            "has not one end on the host",
+        ),
+        (
+            r#""backend":"slirp","socket":"/tmp/s""#,
+            "unknown variant `slirp`, expected `tap` or `passt`",
+        ),
+    ] {
+        let body = format!(r#"{{"iface_id":"net0",{fields}}}"#);
+        monitor
+            .request("PUT", "/network-interfaces/net0", &body)?
+            .assert_refused(&[words]);
     }
     Ok(())
 }

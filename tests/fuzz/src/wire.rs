@@ -1,10 +1,12 @@
 //! A network card without a tap.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::OnceLock;
 
-use devices::virtio::net::{Backend, Config, Net, OpenError, feature};
+use devices::virtio::net::{Backend, Config, HEADER_LEN, MAX_FRAME_LEN, Net, OpenError, Passt, feature};
 
 /// Stands for a tap: it keeps the borders between frames.
 pub struct Wire(UnixDatagram);
@@ -29,9 +31,76 @@ impl Backend for Wire {
     }
 }
 
-/// A card, and the far end of its wire.
-pub fn card() -> (Net<Wire>, UnixDatagram) {
-    let config = Config {
+/// The far end of a card's wire.
+pub enum Far {
+    /// Of a stand-in for a tap.
+    Tap(UnixDatagram),
+    /// Of a connection to passt.
+    Passt(UnixStream),
+}
+
+impl Far {
+    /// Sends a frame with its header. A full socket drops it, as a network may.
+    pub fn send(&mut self, frame: &[u8]) {
+        match self {
+            Self::Tap(socket) => _ = socket.send(frame),
+            Self::Passt(_) => {
+                let frame = &frame[HEADER_LEN..];
+                let length = (frame.len() as u32).to_be_bytes();
+                self.send_raw(&[&length, frame].concat());
+            }
+        }
+    }
+
+    /// Sends bytes as they are.
+    pub fn send_raw(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Tap(socket) => _ = socket.send(bytes),
+            Self::Passt(stream) => _ = stream.write(bytes),
+        }
+    }
+
+    /// Takes what has left, and checks that it is made of frames.
+    pub fn drain(&mut self) {
+        let mut bytes = vec![0; 1 << 20];
+        match self {
+            Self::Tap(socket) => {
+                while let Ok(length) = socket.recv(&mut bytes) {
+                    let good = HEADER_LEN..=MAX_FRAME_LEN;
+                    assert!(good.contains(&length), "a frame of {length} bytes left");
+                }
+            }
+            // Where a frame ends is known to who has read from the start, and the stream may end anywhere.
+            Self::Passt(stream) => while stream.read(&mut bytes).is_ok_and(|length| length > 0) {},
+        }
+    }
+}
+
+/// A card on passt, and the far end.
+pub fn passt_card() -> (Net<Passt>, Far) {
+    static LISTENER: OnceLock<(UnixListener, PathBuf)> = OnceLock::new();
+    let (listener, path) = LISTENER.get_or_init(|| {
+        let path = std::env::temp_dir().join(format!("mayfly-fuzz-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).expect("the folder for temporary files can be written to");
+        (listener, path)
+    });
+    let passt = Passt::connect(path).expect("somebody listens");
+    let (stream, _) = listener.accept().expect("somebody has called");
+    stream.set_nonblocking(true).expect("a socket can be non-blocking");
+    (Net::new(&config(), passt), Far::Passt(stream))
+}
+
+/// A card on a stand-in for a tap, and the far end.
+pub fn card() -> (Net<Wire>, Far) {
+    let (near, far) = UnixDatagram::pair().expect("the host has descriptors left");
+    for end in [&near, &far] {
+        end.set_nonblocking(true).expect("a socket can be non-blocking");
+    }
+    (Net::new(&config(), Wire(near)), Far::Tap(far))
+}
+
+fn config() -> Config {
+    Config {
         iface_id: "eth0".into(),
         host_dev_name: Some("tap0".into()),
         guest_mac: None,
@@ -40,10 +109,7 @@ pub fn card() -> (Net<Wire>, UnixDatagram) {
         tx_rate_limiter: None,
         link_state: None,
         host_fd: None,
-    };
-    let (near, far) = UnixDatagram::pair().expect("the host has descriptors left");
-    for end in [&near, &far] {
-        end.set_nonblocking(true).expect("a socket can be non-blocking");
+        backend: None,
+        socket: None,
     }
-    (Net::new(&config, Wire(near)), far)
 }

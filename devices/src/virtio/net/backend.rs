@@ -1,9 +1,10 @@
-//! [`Backend`]: what a network device needs of the host's side, so that tests and fuzz targets can stand in for a tap.
+//! [`Backend`]: what a network device needs of the host's side: a tap, a peer at a socket, or what tests put in their place.
 
 use std::io;
 use std::os::fd::AsFd;
 
 use super::OpenError;
+use crate::virtio::Buffers;
 
 /// Bytes of the header before each frame, on the tap as in the queues (virtio 1.2 §5.1.6, `struct virtio_net_hdr`).
 pub const HEADER_LEN: usize = 12;
@@ -12,8 +13,8 @@ pub const MAX_FRAME_LEN: usize = HEADER_LEN + 14 + 4 + 65536;
 
 /// The host's end of a network interface.
 ///
-/// Its non-blocking descriptor gives and takes one frame per `readv` and `writev`, each behind a header of
-/// [`HEADER_LEN`] bytes in virtio's own format, so that frames pass unparsed.
+/// Frames pass behind a header of [`HEADER_LEN`] bytes in virtio's own format. Unless a backend does it in its own way,
+/// its non-blocking descriptor gives and takes one frame per `readv` and `writev`, so that they pass unparsed.
 pub trait Backend: AsFd + Send {
     /// The offload features (CSUM, GUEST_\*, HOST_\*) that it can serve. A new backend uses all of them.
     fn offloads(&self) -> u64;
@@ -25,4 +26,35 @@ pub trait Backend: AsFd + Send {
     fn open_other(&self, name: &str) -> Result<Option<Self>, OpenError>
     where
         Self: Sized;
+
+    /// Takes note of what the descriptor tells, which is ready; frames are asked for after this.
+    fn on_ready(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Whether frames can pass at all. It changes in the calls below and above only.
+    fn is_connected(&self) -> bool {
+        true
+    }
+
+    /// Puts the next frame into `room` and, behind it, into `rest`, which holds the longest one. Returns its length;
+    /// `WouldBlock` when there is none until the descriptor is ready again.
+    fn receive(&mut self, room: &mut Buffers<'_>, rest: &mut [u8]) -> io::Result<usize> {
+        room.readv(self.as_fd(), rest)
+    }
+
+    /// Whether it takes a frame. When not, it does after the descriptor was ready.
+    fn has_room(&self) -> bool {
+        true
+    }
+
+    /// Takes a frame of at most [`MAX_FRAME_LEN`] bytes. Returns its length.
+    fn send(&mut self, frame: &Buffers<'_>) -> io::Result<usize> {
+        frame.writev(self.as_fd())
+    }
+
+    /// Sends what it has gathered; called when no frame follows for now.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -3,15 +3,17 @@
 
 use std::fmt;
 use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{MacAddr, Net, OpenError, Tap};
+use super::{Backend, MacAddr, Net, OpenError, Passt, Tap};
 use crate::mmds::Mmds;
 use crate::rate_limiter::{RateLimiterConfig, serialize_effective};
+use crate::virtio::VirtioDevice;
 
 /// The smallest MTU: what every IPv4 link must carry (RFC 791).
 pub const MIN_MTU: u16 = 68;
@@ -27,6 +29,17 @@ pub enum LinkState {
     Up,
     /// No frame passes, and the guest sees that there is no carrier.
     Down,
+}
+
+/// What the host's end of an interface is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendKind {
+    /// An interface of the host's kernel.
+    #[default]
+    Tap,
+    /// A program that speaks passt's stream protocol.
+    Passt,
 }
 
 /// A network interface as the user describes it.
@@ -57,6 +70,12 @@ pub struct Config {
     /// In place of `host_dev_name`: the number of a descriptor that this process inherited, of an open tap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_fd: Option<RawFd>,
+    /// What the host's end is; a tap when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<BackendKind>,
+    /// Where passt listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
 }
 
 impl Serialize for Config {
@@ -117,12 +136,17 @@ pub enum ConfigError {
         /// What the user wrote.
         name: String,
     },
-    /// Two ends on the host.
-    #[error("interface '{iface_id}' has both host_dev_name and host_fd: give one of them")]
-    TwoTaps {
+    /// Two ends on the host, or none.
+    #[error(
+        "interface '{iface_id}' has not one end on the host: give host_dev_name, host_fd, or backend passt with socket"
+    )]
+    Ends {
         /// Which interface.
         iface_id: String,
     },
+    /// A move to a tap of what is on none.
+    #[error("only an interface on a tap can move to another: this one's backend is passt")]
+    NoTap,
     /// The MTU is too small.
     #[error("MTU {mtu} is out of range [{MIN_MTU}, {}]", u16::MAX)]
     Mtu {
@@ -134,14 +158,15 @@ pub enum ConfigError {
 impl Config {
     /// Checks all that can be checked without touching the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        match (&self.host_dev_name, self.host_fd) {
-            (Some(_), Some(_)) => {
-                return Err(ConfigError::TwoTaps {
+        let ends = (&self.host_dev_name, self.host_fd, &self.socket);
+        match (self.backend.unwrap_or_default(), ends) {
+            (BackendKind::Tap, (Some(name), None, None)) => check_name(name)?,
+            (BackendKind::Tap, (None, Some(_), None)) | (BackendKind::Passt, (None, None, Some(_))) => {}
+            _ => {
+                return Err(ConfigError::Ends {
                     iface_id: self.iface_id.clone(),
                 });
             }
-            (Some(name), None) => check_name(name)?,
-            (None, _) => {}
         }
         if let Some(mtu) = self.mtu.filter(|&mtu| mtu < MIN_MTU) {
             return Err(ConfigError::Mtu { mtu });
@@ -153,6 +178,9 @@ impl Config {
     pub fn patch(&mut self, patch: Patch) -> Result<(), ConfigError> {
         if let Some(name) = patch.host_dev_name {
             check_name(&name)?;
+            if self.backend == Some(BackendKind::Passt) {
+                return Err(ConfigError::NoTap);
+            }
             (self.host_dev_name, self.host_fd) = (Some(name), None);
         }
         self.link_state = patch.link_state.or(self.link_state);
@@ -163,10 +191,23 @@ impl Config {
 
     /// Checks that it says what the host's end is.
     fn complete<E: Error>(self) -> Result<Self, E> {
-        if self.host_dev_name.is_none() && self.host_fd.is_none() {
-            return Err(E::missing_field("host_dev_name"));
+        match self.backend.unwrap_or_default() {
+            BackendKind::Tap if self.host_dev_name.is_none() && self.host_fd.is_none() => {
+                Err(E::missing_field("host_dev_name"))
+            }
+            BackendKind::Passt if self.socket.is_none() => Err(E::missing_field("socket")),
+            _ => Ok(self),
         }
-        Ok(self)
+    }
+
+    /// Checks what can be checked before there is a machine. A tap is opened, and let go of again; passt is not called,
+    /// as it may be one that serves a single caller.
+    pub fn check(&self) -> Result<(), OpenError> {
+        self.validate()?;
+        match self.backend.unwrap_or_default() {
+            BackendKind::Tap => self.tap().map(drop),
+            BackendKind::Passt => Ok(()),
+        }
     }
 
     fn tap(&self) -> Result<Tap, OpenError> {
@@ -176,8 +217,8 @@ impl Config {
         }
     }
 
-    /// Opens the tap and makes the device, which serves `mmds` when that says so.
-    pub fn build(&self, mmds: Option<&Arc<Mmds>>) -> Result<Net, OpenError> {
+    /// Opens the host's end and makes the device, which serves `mmds` when that says so.
+    pub fn build(&self, mmds: Option<&Arc<Mmds>>) -> Result<Box<dyn VirtioDevice>, OpenError> {
         self.validate()?;
         if self.guest_mac.is_some_and(|mac| mac.is_multicast()) {
             log::warn!(
@@ -185,13 +226,29 @@ impl Config {
                 self.iface_id
             );
         }
-        let net = Net::new(self, self.tap()?);
-        match mmds.filter(|mmds| mmds.is_served_by(&self.iface_id)) {
-            Some(mmds) => net
-                .with_mmds(Arc::clone(mmds))
-                .map_err(|source| OpenError::Mmds { source }),
-            None => Ok(net),
+        let mmds = mmds.filter(|mmds| mmds.is_served_by(&self.iface_id));
+        match self.backend.unwrap_or_default() {
+            BackendKind::Tap => self.device(self.tap()?, mmds),
+            BackendKind::Passt => {
+                let path = self.socket.as_deref().unwrap_or(Path::new(""));
+                self.device(Passt::connect(path)?, mmds)
+            }
         }
+    }
+
+    fn device<B: Backend + 'static>(
+        &self,
+        backend: B,
+        mmds: Option<&Arc<Mmds>>,
+    ) -> Result<Box<dyn VirtioDevice>, OpenError> {
+        let net = Net::new(self, backend);
+        Ok(match mmds {
+            Some(mmds) => {
+                let net = net.with_mmds(Arc::clone(mmds));
+                Box::new(net.map_err(|source| OpenError::Mmds { source })?)
+            }
+            None => Box::new(net),
+        })
     }
 }
 
@@ -206,185 +263,4 @@ fn check_name(name: &str) -> Result<(), ConfigError> {
 fn is_interface_name(name: &str) -> bool {
     let allowed = |c: char| !c.is_whitespace() && !c.is_control() && !matches!(c, '/' | ':' | '%');
     (1..=MAX_NAME_LEN).contains(&name.len()) && name != "." && name != ".." && name.chars().all(allowed)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config(json: &str) -> Config {
-        serde_json::from_str(json).unwrap()
-    }
-
-    fn named(name: &str) -> Config {
-        Config {
-            host_dev_name: Some(name.into()),
-            ..config(r#"{"iface_id":"eth0","host_dev_name":"tap0"}"#)
-        }
-    }
-
-    #[test]
-    fn prints_every_field_in_order_with_a_lower_case_mac() {
-        let config = config(r#"{"host_dev_name":"tap0","guest_mac":"AA:FC:00:00:00:01","iface_id":"eth0"}"#);
-        assert_eq!(
-            serde_json::to_string(&config).unwrap(),
-            r#"{"iface_id":"eth0","host_dev_name":"tap0","guest_mac":"aa:fc:00:00:00:01","mtu":null,"rx_rate_limiter":null,"tx_rate_limiter":null}"#
-        );
-    }
-
-    #[test]
-    fn says_that_a_mac_is_invalid() {
-        for mac in [
-            "",
-            "aa:fc:00:00:00",
-            "aa:fc:00:00:00:01:02",
-            "aa:fc:00:00:00:+1",
-            "aafc:00:00:00:01",
-            "ag:fc:00:00:00:01",
-        ] {
-            let json = format!(r#"{{"iface_id":"eth0","host_dev_name":"tap0","guest_mac":"{mac}"}}"#);
-            let error = serde_json::from_str::<Config>(&json).unwrap_err().to_string();
-            assert!(
-                error.starts_with("The provided MAC address is invalid. at line 1 column"),
-                "{mac}: {error}"
-            );
-        }
-    }
-
-    #[test]
-    fn misses_the_tap_as_clients_expect() {
-        let error = serde_json::from_str::<Config>(r#"{"iface_id":"a"}"#).unwrap_err();
-        let expected = "missing field `host_dev_name` at line 1 column 16";
-        assert_eq!(error.to_string(), expected);
-        let error = serde_json::from_str::<Config>("null").unwrap_err().to_string();
-        assert!(
-            error.starts_with("invalid type: null, expected struct NetworkInterfaceConfig"),
-            "{error}"
-        );
-        let error = serde_json::from_str::<Config>("[]").unwrap_err().to_string();
-        assert!(error.starts_with("invalid length 0, expected struct"), "{error}");
-        assert!(serde_json::from_str::<Config>(r#"["a","tap0",null,1500,null,null]"#).is_ok());
-    }
-
-    #[test]
-    fn takes_a_descriptor_in_place_of_a_name() {
-        let config = config(r#"{"iface_id":"a","host_fd":9}"#);
-        assert_eq!(config.validate(), Ok(()));
-        let json = serde_json::to_string(&config).unwrap();
-        assert!(
-            json.starts_with(r#"{"iface_id":"a","guest_mac":null"#) && json.ends_with(r#","host_fd":9}"#),
-            "{json}"
-        );
-        assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
-
-        let both = Config {
-            host_dev_name: Some("tap0".into()),
-            ..config
-        };
-        let error = both.validate().unwrap_err().to_string();
-        assert!(
-            error.contains("interface 'a' has both host_dev_name and host_fd"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn a_patch_moves_an_interface_away_from_its_descriptor() {
-        let mut config = config(r#"{"iface_id":"a","host_fd":9}"#);
-        let patch = r#"{"iface_id":"a","host_dev_name":"tap1"}"#;
-        config.patch(serde_json::from_str(patch).unwrap()).unwrap();
-        assert_eq!(
-            (config.host_dev_name.as_deref(), config.host_fd),
-            (Some("tap1"), None)
-        );
-    }
-
-    #[test]
-    fn refuses_unknown_fields_by_name() {
-        let error =
-            serde_json::from_str::<Config>(r#"{"iface_id":"a","host_dev_name":"b","x":1}"#).unwrap_err();
-        assert!(error.to_string().starts_with("unknown field `x`"), "{error}");
-        assert!(serde_json::from_str::<Patch>(r#"{"iface_id":"a","mtu":1}"#).is_err());
-    }
-
-    #[test]
-    fn accepts_what_the_kernel_takes_as_a_name() {
-        for name in ["a", "tap0", "vm-1.eth0", "tap_é", "123456789012345"] {
-            assert_eq!(named(name).validate(), Ok(()), "{name}");
-        }
-    }
-
-    #[test]
-    fn refuses_what_is_no_interface_name() {
-        for name in [
-            "",
-            ".",
-            "..",
-            "tap 0",
-            "tap/0",
-            "tap:0",
-            "tap%d",
-            "tap\0",
-            "tap\n",
-            "1234567890123456",
-        ] {
-            let error = named(name).validate().unwrap_err();
-            assert_eq!(error, ConfigError::Name { name: name.into() });
-        }
-    }
-
-    #[test]
-    fn bounds_the_mtu() {
-        let with = |mtu| Config {
-            mtu: Some(mtu),
-            ..named("tap0")
-        };
-        assert_eq!(
-            with(67).validate().unwrap_err().to_string(),
-            "MTU 67 is out of range [68, 65535]"
-        );
-        assert_eq!(with(68).validate(), Ok(()));
-        assert_eq!(with(65535).validate(), Ok(()));
-    }
-
-    #[test]
-    fn a_patch_changes_the_limits_it_names() {
-        let limits = |size| format!(r#"{{"ops":{{"size":{size},"refill_time":1}}}}"#);
-        let mut config = config(&format!(
-            r#"{{"iface_id":"a","host_dev_name":"b","rx_rate_limiter":{},"tx_rate_limiter":{}}}"#,
-            limits(1),
-            limits(2)
-        ));
-        let patch = format!(r#"{{"iface_id":"a","tx_rate_limiter":{}}}"#, limits(3));
-        config.patch(serde_json::from_str(&patch).unwrap()).unwrap();
-        let size = |limits: Option<RateLimiterConfig>| limits.unwrap().ops.unwrap().size;
-        assert_eq!(
-            (size(config.rx_rate_limiter), size(config.tx_rate_limiter)),
-            (1, 3)
-        );
-    }
-
-    #[test]
-    fn a_patch_moves_the_interface_and_sets_its_link() {
-        let mut config = named("tap0");
-        let patch = r#"{"iface_id":"eth0","link_state":"down","host_dev_name":"tap1"}"#;
-        config.patch(serde_json::from_str(patch).unwrap()).unwrap();
-        let nothing = serde_json::from_str(r#"{"iface_id":"eth0"}"#).unwrap();
-        config.patch(nothing).unwrap();
-        assert_eq!(config.host_dev_name.as_deref(), Some("tap1"));
-        let json = serde_json::to_string(&config).unwrap();
-        assert!(
-            json.ends_with(r#""tx_rate_limiter":null,"link_state":"down"}"#),
-            "{json}"
-        );
-    }
-
-    #[test]
-    fn a_patch_with_a_name_that_no_interface_has_changes_nothing() {
-        let mut config = named("tap0");
-        let patch = r#"{"iface_id":"eth0","link_state":"down","host_dev_name":"tap/1"}"#;
-        let refused = config.patch(serde_json::from_str(patch).unwrap());
-        assert_eq!(refused, Err(ConfigError::Name { name: "tap/1".into() }));
-        assert_eq!(config, named("tap0"));
-    }
 }

@@ -1,24 +1,23 @@
 //! The link as the guest and the network see it: its state in the configuration space, a pulled cable, and the move to
 //! another interface of the host. All of it happens in the device's `update`, wholly or not at all.
 
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use super::backend::{Backend, HEADER_LEN};
 use super::{BACKEND_TOKEN, LinkState, MacAddr, Net, Patch};
-use crate::virtio::{Buffers, Io, UpdateError};
+use crate::virtio::{Buffers, Io, UpdateError, Vector};
 
 /// `status` in the configuration space (virtio 1.2 §5.1.4): the link is up.
 const LINK_UP: u16 = 1;
+/// Where `status` is.
+const STATUS: Range<usize> = 6..8;
 /// The shortest Ethernet frame without its checksum.
 const MIN_ETHERNET: usize = 60;
 
-/// The configuration space's `status` for a link in this state.
-pub(super) fn status(state: LinkState) -> [u8; 2] {
-    match state {
-        LinkState::Up => LINK_UP,
-        LinkState::Down => 0,
-    }
-    .to_le_bytes()
+/// The configuration space's `status`.
+pub(super) fn status(is_up: bool) -> [u8; 2] {
+    if is_up { LINK_UP } else { 0 }.to_le_bytes()
 }
 
 impl<B: Backend> Net<B> {
@@ -39,12 +38,29 @@ impl<B: Backend> Net<B> {
             let _ = io.watch.remove(self.backend.as_fd().as_raw_fd());
             self.backend = other;
         }
-        let before = self.link;
-        self.set_link(patch.link_state.unwrap_or(before));
-        if self.link == LinkState::Up && (moved || before == LinkState::Down) {
+        let came = self.set_link(patch.link_state.unwrap_or(self.link));
+        self.show_link(io);
+        if self.is_up() && (moved || came) {
             self.announce();
         }
         Ok(())
+    }
+
+    /// Whether frames pass.
+    pub(super) fn is_up(&self) -> bool {
+        self.link == LinkState::Up && self.backend.is_connected()
+    }
+
+    /// Tells the driver when frames do not pass any more, or pass again.
+    pub(super) fn show_link(&mut self, io: &Io<'_>) {
+        let status = status(self.is_up());
+        if self.config_space[STATUS] == status {
+            return;
+        }
+        self.config_space[STATUS].copy_from_slice(&status);
+        self.rx.drop_held();
+        io.config.set(&self.config_space);
+        io.irq.raise(Vector::Config);
     }
 
     /// Opens the interface to move to, with what the driver can take set, and watches it.
@@ -67,32 +83,30 @@ impl<B: Backend> Net<B> {
         Ok(Some(other))
     }
 
-    /// Plugs the cable in or pulls it. What is on its way then is lost, as on a wire.
-    fn set_link(&mut self, state: LinkState) {
-        if state == self.link {
-            return;
-        }
-        self.link = state;
-        self.config_space[6..8].copy_from_slice(&status(state));
-        match state {
-            LinkState::Up => self.rx.discard(self.backend.as_fd()),
-            LinkState::Down => {
-                self.rx.drop_held();
+    /// Plugs the cable in or pulls it; true when it was out before. What is on its way then is lost, as on a wire.
+    fn set_link(&mut self, state: LinkState) -> bool {
+        let before = std::mem::replace(&mut self.link, state);
+        match (before, state) {
+            (LinkState::Down, LinkState::Up) => self.rx.discard(&mut self.backend),
+            (LinkState::Up, LinkState::Down) => {
                 if let Some(detour) = &mut self.detour {
                     detour.reset();
                 }
             }
+            _ => {}
         }
+        before == LinkState::Down && state == LinkState::Up
     }
 
     /// Tells switches where the guest is now, in its name: a reverse ARP request (RFC 903), which nobody answers. Of a
     /// guest that has made up its own address they learn with the next frame that it sends.
-    fn announce(&self) {
+    fn announce(&mut self) {
         let Some(mac) = self.tx.guest_mac else { return };
         let mut frame = announcement(mac);
         let mut buffers = Buffers::new();
         buffers.push(&frame.as_mut_slice().into());
-        if let Err(error) = buffers.writev(self.backend.as_fd()) {
+        let sent = self.backend.send(&buffers);
+        if let Err(error) = sent.and_then(|_| self.backend.flush()) {
             let id = &self.iface_id;
             log::info!("net {id}: the network was not told where the guest is: {error}");
         }

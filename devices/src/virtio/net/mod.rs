@@ -1,18 +1,20 @@
-//! The network device (virtio 1.2 §5.1): a queue for each direction between the guest and a [`Backend`], which is a
-//! [`Tap`] outside of tests.
+//! The network device (virtio 1.2 §5.1): a queue for each direction between the guest and a [`Backend`]: a [`Tap`], or a
+//! program that [`Passt`] reaches.
 //!
-//! Frames carry virtio's own header on the tap too, so checksum and segmentation offloads pass through unparsed, and
+//! Frames carry virtio's own header on a tap too, so checksum and segmentation offloads pass through unparsed, and
 //! the bytes move between guest memory and kernel without a copy in between. All calls but [`Config::build`] come
 //! from the io thread that owns the device.
 
 mod backend;
 mod config;
 mod detour;
+mod error;
 pub mod feature;
 mod inherited;
 mod link;
 mod mac;
 mod metrics;
+mod passt;
 mod rx;
 mod tap;
 #[cfg(test)]
@@ -20,7 +22,7 @@ mod tests;
 mod tx;
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,10 +30,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use backend::{Backend, HEADER_LEN, MAX_FRAME_LEN};
-pub use config::{Config, ConfigError, LinkState, MIN_MTU, Patch};
+pub use config::{BackendKind, Config, ConfigError, LinkState, MIN_MTU, Patch};
+pub use error::OpenError;
 pub use mac::{InvalidMac, MacAddr};
 pub use metrics::Metrics;
-pub use tap::{OpenError, Tap};
+pub use passt::Passt;
+pub use tap::Tap;
 
 use self::detour::Detour;
 use self::rx::Rx;
@@ -67,14 +71,15 @@ enum Progress {
 
 /// The host's end of the interface, as the two directions see it.
 struct Wire<'a> {
-    fd: BorrowedFd<'a>,
+    backend: &'a mut dyn Backend,
     iface_id: &'a str,
     clock: &'a dyn Clock,
     /// The metadata service, when the interface serves it.
     detour: Option<&'a mut Detour>,
     /// Frames of the tap wait for an event of their own.
     only_detour: bool,
-    link: LinkState,
+    /// Frames pass.
+    is_up: bool,
 }
 
 impl Wire<'_> {
@@ -83,6 +88,15 @@ impl Wire<'_> {
         match &mut self.detour {
             Some(detour) => detour.take(frame, self.clock),
             None => false,
+        }
+    }
+
+    /// Sends what the backend has gathered. What it loses was counted as sent.
+    fn flush(&mut self, metrics: &mut Metrics) {
+        let result = self.backend.flush().map(|()| 0);
+        if result.is_err() {
+            metrics.tap_write_fails += 1;
+            self.complain("writing frames", metrics.tap_write_fails, &result);
         }
     }
 
@@ -166,7 +180,7 @@ impl<B: Backend> Net<B> {
             let set = self.backend.set_offloads(offloads);
             set.map_err(host("set the offloads of the tap"))?;
             if self.offloads & !offloads != 0 {
-                self.rx.discard(self.backend.as_fd());
+                self.rx.discard(&mut self.backend);
             }
             self.offloads = offloads;
         }
@@ -185,17 +199,19 @@ impl<B: Backend> Net<B> {
             return Ok(());
         }
         self.tx.throttle.begin(io.clock);
+        let is_up = self.is_up();
         let mut ring = io.queues[usize::from(TX)].open(io.mem)?;
         let mut wire = Wire {
-            fd: self.backend.as_fd(),
+            backend: &mut self.backend,
             iface_id: &self.iface_id,
             clock: io.clock,
             detour: self.detour.as_deref_mut(),
             only_detour: false,
-            link: self.link,
+            is_up,
         };
         let (start, sent) = (Instant::now(), self.metrics.tx_count);
         let progress = self.tx.drain(&mut wire, &mut ring, &mut self.metrics)?;
+        wire.flush(&mut self.metrics);
         if self.metrics.tx_count != sent {
             self.metrics.tap_write_agg.record(start.elapsed());
         }
@@ -212,22 +228,35 @@ impl<B: Backend> Net<B> {
         Ok(())
     }
 
+    /// The backend has something to tell: frames, or that it takes some again.
+    fn on_backend(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let waited = !self.backend.has_room();
+        if let Err(error) = self.backend.on_ready() {
+            self.metrics.tap_write_fails += 1;
+            log::warn!("net {}: {error}", self.iface_id);
+        }
+        if waited && self.backend.has_room() {
+            self.transmit(io)?;
+        }
+        self.receive(false, io)
+    }
+
     /// Does nothing before the driver has set the queue up, and while the link is down: frames wait in the backend. With `only_detour` those of
     /// the backend wait in any case.
     fn receive(&mut self, only_detour: bool, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let queue = &mut io.queues[usize::from(RX)];
-        if !queue.config().ready || self.rx.throttle.is_holding() || self.link == LinkState::Down {
+        let (queue, is_up) = (&mut io.queues[usize::from(RX)], self.is_up());
+        if !queue.config().ready || self.rx.throttle.is_holding() || !is_up {
             return Ok(());
         }
         self.rx.throttle.begin(io.clock);
         let mut ring = queue.open(io.mem)?;
         let mut wire = Wire {
-            fd: self.backend.as_fd(),
+            backend: &mut self.backend,
             iface_id: &self.iface_id,
             clock: io.clock,
             detour: self.detour.as_deref_mut(),
             only_detour,
-            link: self.link,
+            is_up,
         };
         let (start, received) = (Instant::now(), self.metrics.rx_count);
         let progress = self.rx.drain(&mut wire, &mut ring, &mut self.metrics)?;
@@ -253,6 +282,7 @@ impl<B: Backend> Net<B> {
             None => Ok(()),
         });
         self.metrics.event_fails += u64::from(result.is_err());
+        self.show_link(io);
         result
     }
 }
@@ -288,7 +318,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
         let result = match token {
             BACKEND_TOKEN => {
                 metrics.rx_tap_event_count += 1;
-                self.receive(false, io)
+                self.on_backend(io)
             }
             RX_LIMITER_TOKEN if self.rx.throttle.release() => {
                 metrics.rx_event_rate_limiter_count += 1;
@@ -364,7 +394,7 @@ fn config_space(config: &Config) -> [u8; 12] {
     if let Some(mac) = config.guest_mac {
         space[..6].copy_from_slice(&mac.bytes());
     }
-    space[6..8].copy_from_slice(&link::status(config.link_state.unwrap_or_default()));
+    space[6..8].copy_from_slice(&link::status(config.link_state != Some(LinkState::Down)));
     space[10..].copy_from_slice(&config.mtu.unwrap_or(0).to_le_bytes());
     space
 }

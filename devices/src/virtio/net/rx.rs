@@ -8,9 +8,8 @@
 //! the metadata service come in by `spill` too.
 
 use std::collections::VecDeque;
-use std::os::fd::BorrowedFd;
 
-use super::backend::{HEADER_LEN, MAX_FRAME_LEN};
+use super::backend::{Backend, HEADER_LEN, MAX_FRAME_LEN};
 use super::{Metrics, Progress, TURN, Wire};
 use crate::virtio::{Buffers, Chain, QueueError, Ring, Throttle};
 
@@ -90,9 +89,9 @@ impl Rx {
 
     /// Throws away what waits in the backend: it was made for a driver that could take more, or came while the link was
     /// down.
-    pub(super) fn discard(&mut self, fd: BorrowedFd<'_>) {
+    pub(super) fn discard(&mut self, backend: &mut dyn Backend) {
         for _ in 0..MAX_STALE {
-            if Buffers::new().readv(fd, &mut self.spill).is_err() {
+            if backend.receive(&mut Buffers::new(), &mut self.spill).is_err() {
                 break;
             }
         }
@@ -160,7 +159,7 @@ impl Rx {
             return Ok(Step::NoFrame);
         }
         let direct = room.buffers.len();
-        match room.buffers.readv(wire.fd, &mut self.spill) {
+        match wire.backend.receive(&mut room.buffers, &mut self.spill) {
             Ok(len) if len >= HEADER_LEN => {
                 // Follows longer frames at once, and shorter ones slowly.
                 self.expected = len.max(self.expected - self.expected / 4);

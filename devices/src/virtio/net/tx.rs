@@ -1,7 +1,7 @@
-//! From the guest to the host: the transmit queue's frames go to the backend straight from guest memory.
+//! From the guest to the host: the transmit queue's frames go to the backend from guest memory.
 
 use super::backend::{HEADER_LEN, MAX_FRAME_LEN};
-use super::{LinkState, MacAddr, Metrics, Progress, TURN, Wire};
+use super::{MacAddr, Metrics, Progress, TURN, Wire};
 use crate::virtio::{Buffers, Chain, QueueError, Ring, Throttle};
 
 /// A header and the Ethernet header behind it.
@@ -21,7 +21,8 @@ impl Tx {
     /// Sends at most one turn of frames.
     ///
     /// A frame that the host does not take is lost and counted, as on a wire: a tap has no queue in this direction
-    /// that could fill up, so waiting would only hold back the frames behind. While the link is down all are lost.
+    /// that could fill up, so waiting would only hold back the frames behind. While the link is down all are lost. A
+    /// backend that can fill up says so before, and frames wait in the queue.
     pub(super) fn drain(
         &mut self,
         wire: &mut Wire<'_>,
@@ -32,8 +33,12 @@ impl Tx {
         ring.disable_notify();
         metrics.no_tx_avail_buffer += u64::from(ring.pending()? == 0);
         for _ in 0..TURN {
+            if !wire.backend.has_room() {
+                ring.publish();
+                return Ok(Progress::Done);
+            }
             if ring.pop(&mut chain)? {
-                if wire.link == LinkState::Down {
+                if !wire.is_up {
                     metrics.tx_fails += 1;
                     ring.push(chain.head(), 0);
                     continue;
@@ -62,7 +67,7 @@ impl Tx {
         Ok(Progress::More)
     }
 
-    fn send(&self, wire: &Wire<'_>, frame: &Buffers<'_>, metrics: &mut Metrics) {
+    fn send(&self, wire: &mut Wire<'_>, frame: &Buffers<'_>, metrics: &mut Metrics) {
         if !is_frame(frame) {
             metrics.tx_malformed_frames += 1;
             metrics.tx_fails += 1;
@@ -71,7 +76,7 @@ impl Tx {
         if self.guest_mac.is_some_and(|mac| sender(frame) != mac) {
             metrics.tx_spoofed_mac_count += 1;
         }
-        let result = frame.writev(wire.fd);
+        let result = wire.backend.send(frame);
         if let Ok(len) = result {
             metrics.tx_bytes_count += len as u64;
             metrics.tx_packets_count += 1;

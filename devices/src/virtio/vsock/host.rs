@@ -1,50 +1,19 @@
-//! The host programs' sockets: connecting without waiting, the line that names a port, and what waits to be written.
+//! The host programs' sockets: the line that names a port, and what waits to be written.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 
 use vm_memory::VolatileSlice;
 
 use super::connection::BUF_ALLOC;
+use crate::unix_socket;
 use crate::virtio::Buffers;
 
 /// The longest line that asks for a port, its end included.
 const MAX_LINE: usize = 32;
 /// Bytes of a [`Pending`]'s ring.
 const RING: usize = BUF_ALLOC as usize;
-
-/// Connects to the socket at `path`. Gives `WouldBlock` when it has as many waiting as it takes.
-pub(super) fn connect(path: &Path) -> io::Result<UnixStream> {
-    // SAFETY: needed as an all-zero address is the one to start from; these bytes are valid for every field.
-    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    address.sun_family = libc::sa_family_t::try_from(libc::AF_UNIX).expect("AF_UNIX is 1");
-    let bytes = path.as_os_str().as_bytes();
-    // One byte stays zero.
-    if bytes.len() >= address.sun_path.len() {
-        return Err(io::ErrorKind::InvalidFilename.into());
-    }
-    for (place, byte) in address.sun_path.iter_mut().zip(bytes) {
-        *place = byte.cast_signed();
-    }
-    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    let len = libc::socklen_t::try_from(size_of_val(&address)).expect("110 fits");
-    // SAFETY: needed as std's way to connect waits for the other end. The address lives across the call and has the
-    // given length; the descriptor is new, and owned from here on.
-    unsafe {
-        let fd = libc::socket(libc::AF_UNIX, kind, 0);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let socket = OwnedFd::from_raw_fd(fd);
-        if libc::connect(fd, (&raw const address).cast(), len) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(socket.into())
-    }
-}
 
 /// What a host program says first.
 #[derive(Debug, PartialEq, Eq)]
@@ -60,7 +29,7 @@ pub(super) enum Greeting {
 /// Reads `CONNECT <port>\n`, when it is there, and not a byte more: what follows is the guest's.
 pub(super) fn greeting(socket: &UnixStream) -> Greeting {
     let mut line = [0; MAX_LINE];
-    let len = match receive(socket, &mut line, libc::MSG_PEEK) {
+    let len = match unix_socket::receive(socket, &mut line, libc::MSG_PEEK) {
         Ok(0) => return Greeting::Unusable,
         Ok(len) => len,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Greeting::Incomplete,
@@ -74,7 +43,7 @@ pub(super) fn greeting(socket: &UnixStream) -> Greeting {
         };
     };
     match parse_line(&line[..end]) {
-        Some(port) if receive(socket, &mut line[..=end], 0).is_ok_and(|len| len == end + 1) => {
+        Some(port) if unix_socket::receive(socket, &mut line[..=end], 0).is_ok_and(|len| len == end + 1) => {
             Greeting::Port(port)
         }
         _ => Greeting::Unusable,
@@ -88,14 +57,6 @@ fn parse_line(line: &[u8]) -> Option<u32> {
     let port = words.next()?;
     let plain = port.bytes().all(|byte| byte.is_ascii_digit()) && words.next().is_none();
     (is_connect && plain).then(|| port.parse().ok())?
-}
-
-fn receive(socket: &UnixStream, into: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
-    let flags = flags | libc::MSG_DONTWAIT;
-    // SAFETY: needed as std cannot look at bytes without taking them. The buffer is borrowed for the call and has the
-    // given length.
-    let len = unsafe { libc::recv(socket.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), flags) };
-    usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
 /// Whether the host has no memory for an operation at the moment. No event tells when it has.
@@ -235,13 +196,6 @@ mod tests {
         let is = |code| is_shortage(&io::Error::from_raw_os_error(code));
         assert_eq!([libc::ENOBUFS, libc::ENOMEM, libc::EINTR].map(is), [true; 3]);
         assert_eq!([libc::EAGAIN, libc::EPIPE, libc::ECONNRESET].map(is), [false; 3]);
-    }
-
-    #[test]
-    fn says_when_nobody_listens_or_the_path_is_too_long() {
-        let kind = |path: &str| connect(Path::new(path)).unwrap_err().kind();
-        assert_eq!(kind("/nonexistent/socket"), io::ErrorKind::NotFound);
-        assert_eq!(kind(&"x".repeat(108)), io::ErrorKind::InvalidFilename);
     }
 
     /// Pushes `count` bytes whose values go on from `next`.

@@ -1,11 +1,13 @@
 //! The network device from the outside: a [`Guest`] with both queues in plain memory, and a socket pair for the tap.
 
+mod config;
 mod device;
 mod inherited;
 mod limits;
 mod link;
 mod mmds;
 mod noise;
+mod passt;
 mod rx;
 mod tap;
 mod tx;

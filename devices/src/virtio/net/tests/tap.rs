@@ -89,7 +89,7 @@ fn accepts_every_subset_of_the_offloads_that_it_offers() {
 }
 
 /// A device on the tap `name`, which is up then.
-fn device(name: &str) -> Net {
+fn device(name: &str) -> Box<dyn VirtioDevice> {
     let config = Config {
         host_dev_name: Some(name.into()),
         ..config("")

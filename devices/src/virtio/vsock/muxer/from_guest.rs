@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
 
 use super::{CONNECT_TRIES, Endpoint, Muxer, RETRY_PAUSE, Stream};
+use crate::unix_socket;
 use crate::virtio::Buffers;
 use crate::virtio::vsock::connection::{Connection, Event, Phase};
 use crate::virtio::vsock::host;
@@ -134,7 +135,7 @@ impl Muxer {
         let Some(stream) = self.stream(slot) else { return };
         stream.tries += 1;
         let (port, tries) = (stream.connection.ports.host, stream.tries);
-        let connected = host::connect(&self.listener.path_of(port));
+        let connected = unix_socket::connect(&self.listener.path_of(port));
         match connected.and_then(|socket| self.watch(socket.as_raw_fd(), slot).map(|()| socket)) {
             Ok(socket) => {
                 let Some(stream) = self.stream(slot) else { return };

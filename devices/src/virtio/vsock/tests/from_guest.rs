@@ -89,7 +89,7 @@ fn busy(guest: &Guest<'_>, port: u32) -> (UnixListener, Vec<UnixStream>) {
     // SAFETY: needed as std does not let the length of the queue be chosen. The socket listens already.
     unsafe { libc::listen(std::os::fd::AsRawFd::as_raw_fd(&listener), 0) };
     let path = guest.folder.as_path().join(format!("v_{port}"));
-    let connect = || super::super::host::connect(&path).ok();
+    let connect = || crate::unix_socket::connect(&path).ok();
     (listener, std::iter::from_fn(connect).collect())
 }
 
