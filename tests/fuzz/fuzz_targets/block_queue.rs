@@ -67,6 +67,9 @@ fuzz_target!(|input: (bool, u64, Vec<Step>)| {
         io_engine: None,
         socket: None,
         queues: None,
+        format: None,
+        backing: None,
+        backing_files: None,
     };
     let mem = mayfly_fuzz::memory();
     let device = config.build().expect("the image is fine");

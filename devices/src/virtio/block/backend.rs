@@ -4,8 +4,9 @@ use std::io;
 use std::ops::Range;
 
 use super::lock::Lock;
+use super::qcow2::{self, Qcow2};
 use super::raw::Raw;
-use super::{Config, ConfigError, SECTOR};
+use super::{Config, ConfigError, Format, SECTOR};
 use crate::virtio::Buffers;
 
 /// What holds a drive's bytes: a run of [`Backend::size`] bytes that the guest reads and writes.
@@ -23,6 +24,15 @@ pub(super) trait Backend: Send + Sync {
     fn write(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()>;
     /// Makes all that was done before durable.
     fn sync(&self) -> io::Result<()>;
+    /// A run of requests is over, and the driver is told next: what they did must not depend on this process any
+    /// more, unless the driver has flushes for that.
+    fn end_run(&self) -> io::Result<()> {
+        Ok(())
+    }
+    /// No more requests come for a while: brings to the host all that is still in this process, for others to see.
+    fn settle(&self) -> io::Result<()> {
+        Ok(())
+    }
     /// Gives back the space of a range that nobody needs any more, as far as the host can. What a read finds there
     /// afterwards is not defined, but it comes from this drive.
     fn discard(&self, range: Range<u64>) -> io::Result<()>;
@@ -34,7 +44,10 @@ pub(super) trait Backend: Send + Sync {
 /// Never blocks, creates or shortens anything.
 pub(super) fn open(config: &Config, held: &[Lock]) -> Result<Box<dyn Backend>, OpenError> {
     let path = config.path_on_host.as_deref().unwrap_or_default();
-    let backend = Raw::open(path, config.read_only(), held)?;
+    let backend: Box<dyn Backend> = match config.format.unwrap_or_default() {
+        Format::Raw => Box::new(Raw::open(path, config.read_only(), held)?),
+        Format::Qcow2 => Box::new(Qcow2::open(config, held)?),
+    };
     let size = backend.size();
     if size < SECTOR {
         let path = path.to_owned();
@@ -47,7 +60,7 @@ pub(super) fn open(config: &Config, held: &[Lock]) -> Result<Box<dyn Backend>, O
              the guest will not see the last {tail} bytes"
         );
     }
-    Ok(Box::new(backend))
+    Ok(backend)
 }
 
 /// Why a drive could not be opened.
@@ -78,6 +91,9 @@ pub enum OpenError {
         /// What the system said.
         source: io::Error,
     },
+    /// A qcow2 image that is not fit for use.
+    #[error(transparent)]
+    Qcow2(Box<qcow2::Error>),
     /// Neither a regular file nor a block device.
     #[error("'{path}' is {found}: a drive needs a regular file or a block device")]
     NotADisk {

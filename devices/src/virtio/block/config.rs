@@ -23,7 +23,7 @@ pub struct Config {
     /// True to refuse writes. Absent is false.
     #[serde(serialize_with = "or_default")]
     pub is_read_only: Option<bool>,
-    /// The raw image: a regular file or a block device.
+    /// The image: a regular file or a block device.
     pub path_on_host: Option<String>,
     /// Limits requests, and the bytes read and written.
     #[serde(serialize_with = "serialize_effective")]
@@ -36,6 +36,37 @@ pub struct Config {
     /// Queues for requests, 1 to [`MAX_QUEUES`]. Absent is 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+    /// How the image holds the bytes of the disk. Absent is [`Format::Raw`]; the image itself is never asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// Whether backing files that a qcow2 image names are opened. Absent is [`BackingRule::Deny`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing: Option<BackingRule>,
+    /// The backing files of a qcow2 image, the one nearest to it first, in place of those that it names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_files: Option<Vec<String>>,
+}
+
+/// How an image holds the bytes of a disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// As they are.
+    #[default]
+    Raw,
+    /// Those that differ from a backing file, in clusters that are allocated when they are written.
+    Qcow2,
+}
+
+/// What happens to the backing file that an image names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackingRule {
+    /// It is not opened, and neither is the image.
+    #[default]
+    Deny,
+    /// It is opened, whatever file that is: only for images that can be trusted.
+    Allow,
 }
 
 /// The most queues of a drive: more than that many vCPUs gain little from one each.
@@ -74,6 +105,8 @@ pub struct Patch {
     pub path_on_host: Option<String>,
     /// New limits; a bucket that is left out stays as it is, one of size or refill time zero is removed.
     pub rate_limiter: Option<RateLimiterConfig>,
+    /// The backing files of the image; those of the old one when absent.
+    pub backing_files: Option<Vec<String>>,
 }
 
 /// Why a drive's config is refused.
@@ -112,6 +145,14 @@ pub enum ConfigError {
         /// What was given.
         queues: u16,
     },
+    /// What is said of the format does not fit together.
+    #[error("drive '{drive_id}': {problem}")]
+    Format {
+        /// Which drive.
+        drive_id: String,
+        /// What is wrong, and the remedy.
+        problem: &'static str,
+    },
     /// A patch that says nothing.
     #[error("the change of drive '{drive_id}' is empty: give path_on_host or rate_limiter")]
     EmptyPatch {
@@ -135,12 +176,32 @@ impl Config {
             let drive_id = drive_id();
             return Err(ConfigError::Queues { drive_id, queues });
         }
+        if let Some(problem) = self.format_problem() {
+            let drive_id = drive_id();
+            return Err(ConfigError::Format { drive_id, problem });
+        }
         match &self.partuuid {
             Some(partuuid) if !is_partuuid(partuuid) => Err(ConfigError::PartUuid {
                 drive_id: drive_id(),
                 partuuid: partuuid.clone(),
             }),
             _ => Ok(()),
+        }
+    }
+
+    fn format_problem(&self) -> Option<&'static str> {
+        let (rule, files) = (self.backing.unwrap_or_default(), self.backing_files.is_some());
+        match self.format.unwrap_or_default() {
+            Format::Raw if files || self.backing.is_some() => Some(
+                "a raw image has no backing file: leave out backing and backing_files, or set format to \"qcow2\"",
+            ),
+            Format::Qcow2 if files && rule == BackingRule::Allow => Some(
+                "backing \"allow\" opens the files that the image names and backing_files others: leave one of them out",
+            ),
+            Format::Qcow2 if self.io_engine == Some(IoEngine::Async) => {
+                Some("a qcow2 image has no Async engine: set io_engine to \"Sync\" or leave it out")
+            }
+            _ => None,
         }
     }
 
@@ -159,6 +220,7 @@ impl Config {
         RateLimiterConfig::patch(&mut self.rate_limiter, patch.rate_limiter.as_ref());
         if patch.path_on_host.is_some() {
             self.path_on_host = patch.path_on_host;
+            self.backing_files = patch.backing_files.or(self.backing_files.take());
         }
     }
 
@@ -172,6 +234,12 @@ impl Config {
 impl Patch {
     /// Checks all that can be told without the host's file system.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.backing_files.is_some() && self.path_on_host.is_none() {
+            return Err(ConfigError::Format {
+                drive_id: self.drive_id.clone(),
+                problem: "backing_files belong to a new image: give path_on_host too",
+            });
+        }
         if self.path_on_host.is_none() && self.rate_limiter.is_none() {
             return Err(ConfigError::EmptyPatch {
                 drive_id: self.drive_id.clone(),

@@ -139,6 +139,13 @@ impl Block {
         let mut chain = Chain::from(std::mem::take(&mut self.storage));
         let more = self.serve_all(&mut chain, ring, write_through);
         self.storage = chain.into_storage();
+        if let Err(error) = self.backend.end_run() {
+            self.metrics.execute_fails += 1;
+            log::error!(
+                "drive '{}': cannot write the tables of its image: {error}",
+                self.serial_text()
+            );
+        }
         more
     }
 
@@ -393,6 +400,13 @@ impl VirtioDevice for Block {
         }
         self.metrics.rate_limiter_event_count += 1;
         self.serve_queue(self.queue, io)
+    }
+
+    fn quiesce(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let op = "write the tables of the image";
+        self.backend
+            .settle()
+            .map_err(|source| DeviceError::Host { op, source })
     }
 
     fn reset(&mut self) {

@@ -2,7 +2,8 @@
 //!
 //! [`Config`] is what the user asks for and [`Patch`] how a live drive changes; [`Block`] is the device. A request is
 //! taken apart and checked by `request` with no I/O, then carried out on a [`Backend`], of which `raw` is the one for raw
-//! images. To add a backend, implement the trait and let `backend::open` choose it.
+//! images and `qcow2` the one for copy-on-write images. To add a backend, implement the trait and let `backend::open`
+//! choose it.
 //!
 //! With several queues there is a part of the device for each, all over one backend and one rate limiter; each runs by
 //! itself, perhaps on a loop of its own.
@@ -15,11 +16,12 @@ mod config;
 mod device;
 mod lock;
 mod metrics;
+pub mod qcow2;
 mod raw;
 mod request;
 
 pub use backend::OpenError;
-pub use config::{CacheType, Config, ConfigError, IoEngine, MAX_QUEUES, Patch};
+pub use config::{BackingRule, CacheType, Config, ConfigError, Format, IoEngine, MAX_QUEUES, Patch};
 pub use device::Block;
 pub use metrics::Metrics;
 

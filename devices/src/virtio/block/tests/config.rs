@@ -4,7 +4,7 @@ use std::error::Error;
 
 use vmm_sys_util::tempdir::TempDir;
 
-use super::super::{ConfigError, OpenError, Patch};
+use super::super::{BackingRule, ConfigError, Format, IoEngine, OpenError, Patch};
 use super::*;
 
 fn parse(json: &str) -> Config {
@@ -35,12 +35,14 @@ fn names_known_fields_when_one_is_unknown() {
     assert_eq!(
         error.to_string(),
         "unknown field `nope`, expected one of `drive_id`, `partuuid`, `is_root_device`, `cache_type`, \
-         `is_read_only`, `path_on_host`, `rate_limiter`, `io_engine`, `socket`, `queues` at line 1 column 7"
+         `is_read_only`, `path_on_host`, `rate_limiter`, `io_engine`, `socket`, `queues`, `format`, `backing`, \
+         `backing_files` at line 1 column 7"
     );
     let error = serde_json::from_str::<Patch>(r#"{"nope":1}"#).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unknown field `nope`, expected one of `drive_id`, `path_on_host`, `rate_limiter` at line 1 column 7"
+        "unknown field `nope`, expected one of `drive_id`, `path_on_host`, `rate_limiter`, `backing_files` \
+         at line 1 column 7"
     );
 }
 
@@ -162,4 +164,78 @@ fn tells_the_guest_its_limits() {
     let field = |at| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());
     assert_eq!([36, 40, 44].map(field), [1 << 21, 1, 8]);
     assert_eq!([48, 52, 56].map(field), [1 << 15, 1, 1]);
+}
+
+#[test]
+fn shows_what_is_said_of_the_format_only_when_it_is_said() {
+    let plain = r#"{"drive_id":"a","is_root_device":false,"path_on_host":"/a"}"#;
+    let config: Config = serde_json::from_str(plain).unwrap();
+    let shown = serde_json::to_string(&config).unwrap();
+    assert!(shown.ends_with(r#""socket":null}"#), "{shown}");
+    let fields = r#""format":"qcow2","backing":"deny","backing_files":["/b"]}"#;
+    let config: Config = serde_json::from_str(&plain.replace('}', &format!(",{fields}"))).unwrap();
+    let shown = serde_json::to_string(&config).unwrap();
+    assert!(shown.ends_with(fields) && config.validate().is_ok(), "{shown}");
+}
+
+#[test]
+fn refuses_formats_that_do_not_fit_together() {
+    let image = image(512);
+    let files = || Some(vec!["/b".to_owned()]);
+    let qcow2 = || Config {
+        format: Some(Format::Qcow2),
+        ..config(&image)
+    };
+    for (config, words) in [
+        (
+            Config {
+                backing: Some(BackingRule::Allow),
+                ..config(&image)
+            },
+            "a raw image has no backing file",
+        ),
+        (
+            Config {
+                format: Some(Format::Raw),
+                backing_files: files(),
+                ..config(&image)
+            },
+            "a raw image has no backing file",
+        ),
+        (
+            Config {
+                backing: Some(BackingRule::Allow),
+                backing_files: files(),
+                ..qcow2()
+            },
+            "leave one of them out",
+        ),
+        (
+            Config {
+                io_engine: Some(IoEngine::Async),
+                ..qcow2()
+            },
+            "no Async engine",
+        ),
+    ] {
+        let error = config.validate().unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn a_patch_keeps_backing_files_unless_it_brings_others() {
+    let patch = |json: &str| serde_json::from_str::<Patch>(json).unwrap();
+    let mut config = Config {
+        backing_files: Some(vec!["/old".to_owned()]),
+        ..config(&image(512))
+    };
+    config.patch(patch(r#"{"drive_id":"a","path_on_host":"/a"}"#));
+    assert_eq!(config.backing_files, Some(vec!["/old".to_owned()]));
+    config.patch(patch(
+        r#"{"drive_id":"a","path_on_host":"/a","backing_files":[]}"#,
+    ));
+    assert_eq!(config.backing_files, Some(vec![]));
+    let alone = patch(r#"{"drive_id":"a","backing_files":[]}"#).validate();
+    assert!(alone.unwrap_err().to_string().contains("give path_on_host too"));
 }

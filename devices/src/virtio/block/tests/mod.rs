@@ -67,6 +67,9 @@ fn config(image: &TempFile) -> Config {
         io_engine: None,
         socket: None,
         queues: None,
+        format: None,
+        backing: None,
+        backing_files: None,
     }
 }
 

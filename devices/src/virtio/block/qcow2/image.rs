@@ -1,0 +1,290 @@
+//! [`Qcow2`]: the requests on an image.
+
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use imago::{FormatAccess, Mapping};
+
+use super::chain::{Allowed, Opener};
+use super::file::fill_zeros;
+use super::store::Store;
+use crate::virtio::Buffers;
+use crate::virtio::block::lock::Lock;
+use crate::virtio::block::raw::Raw;
+use crate::virtio::block::{Backend, BackingRule, CacheType, Config, OpenError};
+use crate::virtio::buffers;
+
+/// The largest cluster.
+const MAX_BOUNCE: usize = 2 << 20;
+
+/// An open image. One request at a time works on it.
+pub(in crate::virtio::block) struct Qcow2 {
+    size: u64,
+    read_only: bool,
+    locks: Vec<Lock>,
+    image: Mutex<Image>,
+}
+
+struct Image {
+    format: FormatAccess<Store>,
+    store: Store,
+    cluster: u64,
+    /// True when a commit waits for the disk, so that the image is whole even after a crash of the host.
+    durable: bool,
+    /// True when tables may have changed since the last commit.
+    changed: bool,
+    /// Kept from request to request, so that one that is in several places needs no allocation.
+    part: buffers::Storage,
+    /// Data that were compressed, on their way to the guest.
+    bounce: Vec<u8>,
+}
+
+impl Qcow2 {
+    /// Opens the image of a valid config and what is behind it.
+    pub(in crate::virtio::block) fn open(config: &Config, held: &[Lock]) -> Result<Self, OpenError> {
+        let path = config.path_on_host.as_deref().unwrap_or_default();
+        let read_only = config.read_only();
+        let allowed = match config.backing.unwrap_or_default() {
+            BackingRule::Deny => Allowed::Files(config.backing_files.as_deref().unwrap_or_default()),
+            BackingRule::Allow => Allowed::Any,
+        };
+        let opener = Opener {
+            read_only,
+            allowed,
+            held,
+        };
+        let file = Box::new(Raw::open(path, read_only, held)?);
+        Self::over(file, Path::new(path), opener, config.cache_type)
+    }
+
+    /// Opens the image that `file` holds. If the driver has no flushes, a crash of the host can damage it.
+    pub(super) fn over(
+        file: Box<dyn Backend>,
+        path: &Path,
+        opener: Opener<'_>,
+        cache_type: CacheType,
+    ) -> Result<Self, OpenError> {
+        let read_only = opener.read_only;
+        let opened = opener.open(path, file)?;
+        Ok(Self {
+            size: opened.format.size(),
+            read_only,
+            locks: opened.locks,
+            image: Mutex::new(Image {
+                format: opened.format,
+                store: opened.store,
+                cluster: opened.cluster,
+                durable: cache_type == CacheType::Writeback,
+                changed: false,
+                part: buffers::Storage::default(),
+                bounce: Vec::new(),
+            }),
+        })
+    }
+
+    fn image(&self) -> MutexGuard<'_, Image> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Backend for Qcow2 {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn locks(&self) -> &[Lock] {
+        &self.locks
+    }
+
+    fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
+        self.image().read(offset, buffers)
+    }
+
+    fn write(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
+        self.image().write(offset, buffers)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        let mut image = self.image();
+        image.commit(true)?;
+        image.changed = false;
+        Ok(())
+    }
+
+    fn end_run(&self) -> io::Result<()> {
+        let mut image = self.image();
+        if image.durable { Ok(()) } else { image.settle() }
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.image().settle()
+    }
+
+    fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        let mut image = self.image();
+        image.changed = true;
+        match image.format.discard_to_any(range.start, range.end - range.start) {
+            // It is only a hint, and images of version 2 do not take it.
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            done => done,
+        }
+    }
+
+    fn write_zeroes(&self, range: Range<u64>, may_unmap: bool) -> io::Result<()> {
+        self.image().write_zeroes(range, may_unmap)
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if let Err(error) = self.settle() {
+            let store = &self.image().store;
+            log::error!("cannot write the last changes of the tables of the qcow2 image '{store}': {error}");
+        }
+    }
+}
+
+impl Image {
+    fn read(&mut self, mut offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
+        while !buffers.is_empty() {
+            let (mapping, len) = self.format.get_mapping(offset, buffers.len() as u64)?;
+            let mut len = usize::try_from(len).map_or(buffers.len(), |len| len.min(buffers.len()));
+            match mapping {
+                Mapping::Raw { storage, offset, .. } if len == buffers.len() => {
+                    return storage.read(offset, buffers);
+                }
+                Mapping::Raw { storage, offset, .. } => {
+                    with_part(&mut self.part, buffers, len, |part| storage.read(offset, part))?;
+                }
+                Mapping::Zero { .. } => with_part(&mut self.part, buffers, len, |part| {
+                    fill_zeros(part, 0);
+                    Ok(())
+                })?,
+                Mapping::Special { layer, offset, .. } => {
+                    // The guest may change its memory at any time, and what decompresses reads back what it wrote.
+                    len = len.min(MAX_BOUNCE);
+                    self.bounce.resize(len, 0);
+                    layer.read(self.bounce.as_mut_slice(), offset)?;
+                    buffers.write(0, &self.bounce);
+                }
+                _ => len = 0,
+            }
+            if len == 0 {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+            buffers.advance(len);
+            offset += len as u64;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
+        let mut part = std::mem::take(&mut self.part);
+        let result = self.put(offset, buffers.len() as u64, |store, at, len| {
+            if len == buffers.len() {
+                return store.write(at, buffers);
+            }
+            with_part(&mut part, buffers, len, |part| store.write(at, part))?;
+            buffers.advance(len);
+            Ok(())
+        });
+        self.part = part;
+        result
+    }
+
+    /// Finds places for `len` bytes from `offset` on, and calls `write` with each place, in order, to fill it.
+    fn put(
+        &mut self,
+        mut offset: u64,
+        mut len: u64,
+        mut write: impl FnMut(&Store, u64, usize) -> io::Result<()>,
+    ) -> io::Result<()> {
+        while len > 0 {
+            let mapping = self.format.prepare_data_mapping(offset, len, true);
+            let mapping = mapping.inspect_err(|_| self.store.journal().forget_copies())?;
+            let (at, there) = (mapping.offset(), mapping.length());
+            if at < self.cluster {
+                let what = "a table of the image says that the header is data";
+                return Err(io::Error::new(ErrorKind::InvalidData, what));
+            }
+            let bytes = usize::try_from(there).map_err(|_| ErrorKind::InvalidData)?;
+            if mapping.is_nonblocking() {
+                write(&self.store, at, bytes)?;
+            } else {
+                self.changed = true;
+                if self.store.journal().has_freed() {
+                    // The new place may be one that was freed just now.
+                    self.commit(self.durable)?;
+                }
+                let release = self.store.journal().release(at..at + there, &self.store);
+                let filled = release.and_then(|()| write(&self.store, at, bytes));
+                filled.inspect_err(|_| self.store.journal().forget_copies())?;
+                self.format.commit_data_mapping(mapping)?;
+                if self.store.journal().is_full() {
+                    self.commit(self.durable)?;
+                }
+            }
+            offset += there;
+            len -= there;
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&mut self, range: Range<u64>, may_unmap: bool) -> io::Result<()> {
+        let mut at = range.start;
+        self.changed = true;
+        while at < range.end {
+            let left = range.end - at;
+            let zeroed = match may_unmap {
+                true => self.format.inner_mut().discard_to_zero(at, left),
+                false => self.format.inner().ensure_zero_mapping(at, left),
+            };
+            let (start, len) = match zeroed {
+                // Images of version 2 have no clusters of zeros.
+                Err(error) if error.kind() == ErrorKind::Unsupported => (range.end, 0),
+                zeroed => zeroed?,
+            };
+            // What is not a whole cluster, before it or, when there is none, all that is left.
+            let until = if len == 0 { range.end } else { start };
+            self.put(at, until - at, |store, at, len| {
+                store.write_zeros(at..at + len as u64)
+            })?;
+            at = until + len;
+        }
+        Ok(())
+    }
+
+    /// Commits what changed.
+    fn settle(&mut self) -> io::Result<()> {
+        if self.changed {
+            self.commit(self.durable)?;
+            self.changed = false;
+        }
+        Ok(())
+    }
+
+    fn commit(&self, durable: bool) -> io::Result<()> {
+        self.format.flush()?;
+        self.store.commit(durable)
+    }
+}
+
+/// Lends `buffers` cut to its first `len` bytes.
+fn with_part<'m>(
+    storage: &mut buffers::Storage,
+    buffers: &Buffers<'m>,
+    len: usize,
+    act: impl FnOnce(&mut Buffers<'m>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut part = Buffers::from(std::mem::take(storage));
+    part.extend_from(buffers, 0);
+    part.truncate(len);
+    let result = act(&mut part);
+    *storage = part.into_storage();
+    result
+}

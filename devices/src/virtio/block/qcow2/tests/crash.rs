@@ -1,0 +1,164 @@
+//! A crash at any moment: the image is whole, and what was flushed is there.
+
+use super::*;
+
+const SECTORS: usize = 6144;
+
+/// What the guest did, and how much had happened to the disk before and after.
+enum Done {
+    Write(usize, Range<usize>, u64),
+    Flush(usize),
+}
+
+/// A disk with a guest that writes, zeroes, discards and flushes; what the guest did.
+fn work(platter: &Platter, durable: bool, seed: u64, requests: u64) -> Vec<Done> {
+    let image = open_with(platter, false, durable).unwrap();
+    platter.0.lock().unwrap().log = Some(Vec::new());
+    let (mut random, mut done) = (Random(seed), Vec::new());
+    for stamp in 1..=requests {
+        let start = random.index(SECTORS - 100);
+        let sectors = start..start + 1 + random.index(90);
+        let bytes = sectors.start as u64 * 512..sectors.end as u64 * 512;
+        let begin = platter.events();
+        match random.below(12) {
+            0 => {
+                image.write_zeroes(bytes, stamp % 2 == 0).unwrap();
+                done.push(Done::Write(begin, sectors, 0));
+            }
+            1 => {
+                image.sync().unwrap();
+                done.push(Done::Flush(platter.events()));
+            }
+            2 => {
+                // What is discarded may read as anything, so it is written right after.
+                image.discard(bytes.clone()).unwrap();
+                put(&image, bytes.start, &stamped(stamp, sectors.len() * 512)).unwrap();
+                done.push(Done::Write(begin, sectors.clone(), 0));
+                done.push(Done::Write(begin, sectors, stamp));
+            }
+            _ => {
+                put(&image, bytes.start, &stamped(stamp, sectors.len() * 512)).unwrap();
+                done.push(Done::Write(begin, sectors, stamp));
+            }
+        }
+        if !durable {
+            image.end_run().unwrap();
+            done.push(Done::Flush(platter.events()));
+        }
+    }
+    done
+}
+
+/// The disk after a crash when `count` things had happened. Of what was not synced, any sector may be there or not if
+/// the host crashed, and all is if only the process did.
+fn after_crash(start: &[u8], log: &[Event], count: usize, host: bool, random: &mut Random) -> Vec<u8> {
+    let synced = log[..count]
+        .iter()
+        .rposition(|event| matches!(event, Event::Sync));
+    let mut disk = State {
+        bytes: start.to_vec(),
+        ..State::default()
+    };
+    for (index, event) in log[..count].iter().enumerate() {
+        let Event::Write(offset, data) = event else {
+            continue;
+        };
+        for (number, sector) in data.chunks(512).enumerate() {
+            let safe = !host || synced.is_some_and(|synced| index < synced);
+            if safe || random.below(2) == 0 {
+                disk.apply(usize::try_from(*offset).unwrap() + number * 512, sector);
+            }
+        }
+    }
+    disk.bytes
+}
+
+/// What each sector may say when `count` things had happened.
+fn allowed(done: &[Done], count: usize) -> Vec<Vec<u64>> {
+    let flushed = done
+        .iter()
+        .rposition(|d| matches!(d, Done::Flush(end) if *end <= count));
+    let mut sectors = vec![vec![0]; SECTORS];
+    for (index, done) in done.iter().enumerate() {
+        match done {
+            Done::Write(begin, range, stamp) if *begin <= count => {
+                for sector in &mut sectors[range.clone()] {
+                    if flushed.is_some_and(|flushed| index < flushed) {
+                        sector.clear();
+                    }
+                    sector.push(*stamp);
+                }
+            }
+            _ => {}
+        }
+    }
+    sectors
+}
+
+fn check(disk: Vec<u8>, done: &[Done], count: usize) {
+    let report = Report::of(&disk);
+    assert_eq!(report.errors, [""; 0], "after {count} events");
+    let image = open(&Platter::new(disk)).unwrap();
+    let content = get(&image, 0, SECTORS * 512).unwrap();
+    for (number, (sector, allowed)) in content.chunks(512).zip(allowed(done, count)).enumerate() {
+        let stamp = u64::from_le_bytes(sector[..8].try_into().unwrap());
+        assert!(
+            sector == stamped(stamp, 512) && allowed.contains(&stamp),
+            "after {count} events sector {number} says {stamp}, which is none of {allowed:?}"
+        );
+    }
+}
+
+fn crash_everywhere(builder: &Builder, durable: bool, seed: u64, crashes: usize) {
+    let start = builder.build();
+    let platter = Platter::new(start.clone());
+    let done = work(&platter, durable, seed, 90);
+    let log = platter.0.lock().unwrap().log.take().unwrap();
+    assert!(log.len() > 60);
+    let mut random = Random(seed + 1);
+    for _ in 0..crashes {
+        let count = random.index(log.len() + 1);
+        check(
+            after_crash(&start, &log, count, durable, &mut random),
+            &done,
+            count,
+        );
+    }
+}
+
+fn builder(cluster_bits: u32, refcount_order: u32) -> Builder {
+    Builder {
+        cluster_bits,
+        refcount_order,
+        size: SECTORS as u64 * 512,
+        ..Builder::default()
+    }
+}
+
+#[test]
+fn a_crash_of_the_host_loses_nothing_that_was_flushed() {
+    for (seed, cluster_bits, refcount_order) in [(11, 9, 6), (22, 12, 4), (33, 10, 0), (44, 16, 4)] {
+        crash_everywhere(&builder(cluster_bits, refcount_order), true, seed, 25);
+    }
+}
+
+#[test]
+fn the_end_of_the_process_loses_nothing_that_was_answered() {
+    for (seed, cluster_bits, refcount_order) in [(55, 9, 6), (66, 12, 4)] {
+        crash_everywhere(&builder(cluster_bits, refcount_order), false, seed, 15);
+    }
+}
+
+#[test]
+fn a_second_crash_finds_what_the_first_left() {
+    let builder = builder(12, 4);
+    let mut random = Random(7);
+    let mut disk = builder.build();
+    for seed in 100..106 {
+        let platter = Platter::new(disk.clone());
+        work(&platter, true, seed, 40);
+        let log = platter.0.lock().unwrap().log.take().unwrap();
+        disk = after_crash(&disk, &log, random.index(log.len() + 1), true, &mut random);
+        assert_eq!(Report::of(&disk).errors, [""; 0]);
+    }
+}
