@@ -38,6 +38,8 @@ recorded() {
 
 # build_tests: compiles the tests of the crates tests/ and tests/clients/ and prints the paths of the programs, one a line.
 build_tests() {
+    # Programs that tests start.
+    cargo build -p mayfly-tests --examples --locked || return
     {
         cargo test -p mayfly-tests --tests --no-run --locked --message-format=json-render-diagnostics
         cargo test --manifest-path tests/clients/Cargo.toml --tests --no-run --locked \
@@ -190,7 +192,7 @@ main() {
         soak
     fi
     ((EUID == 0)) || die "needs root: tests create network taps, and the lab shares this machine's files"
-    require_tools cc:gcc curl:curl ip:iproute2 iptables:iptables sysctl:procps passt:passt
+    require_tools cc:gcc curl:curl ip:iproute2 iptables:iptables sysctl:procps qemu-img:qemu-utils passt:passt
     rm -rf "$LOGS"
     mkdir -p "$LOGS"
     [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --locked -- "${filters[@]}"

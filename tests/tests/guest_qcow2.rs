@@ -1,0 +1,164 @@
+//! Copy-on-write images under Linux: what it writes is in the image, as others read it.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use mayfly_tests::{
+    Drive, Failure, GuestImage, Result, Scratch, TestVm, Vm, check_qcow2, create_qcow2, pattern, qemu_img,
+    read_qcow2,
+};
+use serde_json::json;
+
+const MIB: usize = 1 << 20;
+
+fn cow(id: &str, image: &Path) -> Drive {
+    Drive::new(id, image)
+        .writeback()
+        .with("format", "qcow2")
+        .with("backing", "allow")
+}
+
+/// The name of the disk with this serial number, once it is there.
+fn disk(vm: &Vm, serial: &str) -> Result<String> {
+    let find = format!(
+        "n=0; until grep -lsx {serial} /sys/block/*/serial; do n=$((n + 1)); [ $n -lt 300 ] || exit 1; sleep 0.1; done"
+    );
+    let path = vm.guest().check(&find)?;
+    Ok(path.split('/').nth(3).unwrap_or_default().to_owned())
+}
+
+fn path(file: &Path) -> &str {
+    file.to_str().unwrap_or_default()
+}
+
+/// Checks the file system in an image.
+fn fsck(image: &Path) -> Result {
+    let raw = image.with_extension("raw");
+    qemu_img(["convert", "-f", "qcow2", "-O", "raw", path(image), path(&raw)])?;
+    let output = Command::new("e2fsck").arg("-fn").arg(&raw).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(Failure::new(String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
+#[test]
+fn guests_boot_from_clones_of_one_root_disk() -> Result {
+    let scratch = Scratch::new("clone-root")?;
+    let base = scratch.join("rootfs.raw");
+    fs::copy(GuestImage::Rootfs.path()?, &base)?;
+    let before = fs::read(&base)?;
+    let mut machines = Vec::new();
+    for name in ["one", "two"] {
+        let clone = scratch.join(format!("{name}.qcow2"));
+        create_qcow2(&clone, Some(&base), "")?;
+        let vm = TestVm::new(name).drive(cow("root", &clone).root()).boot()?;
+        vm.guest().check(&format!("echo I am {name} > /name && sync"))?;
+        machines.push((vm, clone, name));
+    }
+    for (vm, clone, name) in machines {
+        assert_eq!(vm.guest().check("cat /name")?, format!("I am {name}"));
+        // A machine that is gone from one moment to the next leaves a file system that its journal repairs.
+        vm.signal(libc::SIGKILL)?;
+        drop(vm);
+        check_qcow2(&clone)?;
+        let content = read_qcow2(&clone)?;
+        let text = format!("I am {name}\n");
+        assert!(
+            content.windows(text.len()).any(|part| part == text.as_bytes()),
+            "{name} wrote nothing"
+        );
+    }
+    assert!(fs::read(&base)? == before, "the base was changed");
+    Ok(())
+}
+
+/// Makes a file system on a disk that comes and goes.
+fn assert_a_disk_comes_and_goes(vm: &Vm, scratch: &Scratch) -> Result {
+    let image = scratch.join("hot.qcow2");
+    create_qcow2(&image, None, "64M")?;
+    let config = json!({"drive_id": "hot", "path_on_host": image, "is_root_device": false, "cache_type": "Writeback",
+        "format": "qcow2"});
+    vm.put("/drives/hot", &config)?.success()?;
+    let name = disk(vm, "hot")?;
+    let guest = vm.guest();
+    guest.check(&format!(
+        "mkdir -p /hot && mke2fs /dev/{name} && mount -t ext4 /dev/{name} /hot && \
+         dd if=/dev/vda of=/hot/copy bs=64k && sync && echo 3 > /proc/sys/vm/drop_caches && \
+         cmp /hot/copy /dev/vda && rm /hot/copy && cp /dev/vdb /hot/other && cmp /hot/other /dev/vdb && umount /hot"
+    ))?;
+    vm.request("DELETE", "/drives/hot", r#"{"timeout_ms": 20000}"#)?
+        .success()?;
+    check_qcow2(&image)?;
+    fsck(&image)
+}
+
+#[test]
+fn a_guest_reads_and_writes_images_of_all_kinds() -> Result {
+    let scratch = Scratch::new("kinds")?;
+    let content = pattern(8 * MIB);
+    let zeros = vec![b'z'; 8 * MIB];
+    let raw = scratch.file("raw", [&content[..], &zeros[..]].concat())?;
+    let (packed, kept) = (scratch.join("packed.qcow2"), scratch.join("kept.qcow2"));
+    qemu_img(["convert", "-c", "-O", "qcow2", path(&raw), path(&packed)])?;
+    qemu_img(["convert", "-O", "qcow2", path(&raw), path(&kept)])?;
+    qemu_img(["snapshot", "-c", "before", path(&kept)])?;
+    let vm = TestVm::new("kinds")
+        .drive(cow("packed", &packed))
+        .drive(cow("kept", &kept))
+        .boot()?;
+    vm.guest().check("cmp /dev/vda /dev/vdb")?;
+    // Single sectors in clusters that are compressed, or that a snapshot has too.
+    vm.guest().check(
+        "for disk in vda vdb; do for at in 3 700 20000 32000; do \
+         echo written at $at | dd of=/dev/$disk bs=512 seek=$at conv=sync,notrunc; done; done; sync; \
+         echo 3 > /proc/sys/vm/drop_caches; cmp /dev/vda /dev/vdb",
+    )?;
+    assert_a_disk_comes_and_goes(&vm, &scratch)?;
+    vm.pause()?;
+    drop(vm);
+    let mut expected = fs::read(&raw)?;
+    for at in [3, 700, 20000, 32000] {
+        let mut sector = format!("written at {at}\n").into_bytes();
+        sector.resize(512, 0);
+        expected[at * 512..(at + 1) * 512].copy_from_slice(&sector);
+    }
+    for image in [&packed, &kept] {
+        check_qcow2(image)?;
+        assert!(
+            read_qcow2(image)? == expected,
+            "{} is not what was written",
+            image.display()
+        );
+    }
+    qemu_img(["snapshot", "-a", "before", path(&kept)])?;
+    check_qcow2(&kept)?;
+    assert!(read_qcow2(&kept)? == fs::read(&raw)?, "the snapshot was changed");
+    Ok(())
+}
+
+#[test]
+fn an_image_is_whole_when_a_busy_machine_is_killed() -> Result {
+    let scratch = Scratch::new("killed")?;
+    let image = scratch.join("busy.qcow2");
+    create_qcow2(&image, None, "32M")?;
+    for (round, cache_type) in ["Writeback", "Unsafe"].into_iter().enumerate() {
+        let drive = cow("busy", &image).with("cache_type", cache_type);
+        let vm = TestVm::new("killed").drive(drive).boot()?;
+        // The first megabyte is on the disk before the rest is in danger.
+        vm.guest().check(&format!(
+            "yes safe{round} | dd of=/dev/vda bs=64k count=16 iflag=fullblock conv=fsync,notrunc; \
+             (while :; do dd if=/dev/urandom of=/dev/vda bs=64k seek=16 conv=notrunc; done) >/dev/null 2>&1 & sleep 2"
+        ))?;
+        vm.signal(libc::SIGKILL)?;
+        drop(vm);
+        check_qcow2(&image)?;
+        let text = format!("safe{round}\n").repeat(MIB / 6 + 1);
+        assert!(
+            read_qcow2(&image)?[..MIB] == text.as_bytes()[..MIB],
+            "what was flushed is gone"
+        );
+    }
+    Ok(())
+}
