@@ -3,9 +3,9 @@
 #
 # Where the CPU has vmx or svm the cases run on this machine and the figures are its time. Elsewhere each case runs in an
 # emulated host whose clock counts instructions, 2 ns each: such figures are the same on every machine to about 0.3 %,
-# and compare builds, not machines. The start-up and API figures are always this machine's time.
+# and compare builds, not machines. The start-up, API and disk figures are always this machine's time.
 #
-# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, net, startup, api; default: all)
+# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, net, startup, api, disk; default: all)
 # environment: MAYFLY_BENCH_ICOUNT=1   count instructions even where there is KVM
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -14,7 +14,7 @@ readonly PROGRAM=bench
 # shellcheck source=resources/guest/lib.sh
 . resources/guest/lib.sh
 
-readonly CASES=(boot boot-mmio memory block net startup api)
+readonly CASES=(boot boot-mmio memory block net startup api disk)
 readonly IMAGES=${MAYFLY_GUEST_DIR:-$PWD/build/guest}
 readonly MAYFLY=$PWD/target/x86_64-unknown-linux-gnu/release/mayfly
 # An instruction-counted host now and then stops for good inside the emulated SVM; then it is started again.
@@ -22,7 +22,7 @@ readonly TRIES=5 PATIENCE=300
 
 usage() { sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 
-# build: the monitor and the bench programs; sets guest, host, startup, api to their paths.
+# build: the monitor and the bench programs; sets guest, host, startup, api, disk to their paths.
 build() {
     local name path
     cargo build --release --locked
@@ -84,6 +84,7 @@ run_case() {
     case $1 in
         startup) "$startup" "$MAYFLY" ;;
         api) "$api" "$MAYFLY" ;;
+        disk) "$disk" ;;
         *) if [[ $counted ]]; then run_counted "$1"; else "$host" "$1" "$MAYFLY" "$IMAGES/vmlinux" "$work/guest.cpio"; fi ;;
     esac
 }
@@ -108,17 +109,23 @@ describe() {
         get_instance_us) echo "GET /, CPU time of the monitor, us" ;;
         get_vm_config_us) echo "GET /vm/config, CPU time of the monitor, us" ;;
         put_drive_us) echo "PUT /drives/{id}, CPU time of the monitor, us" ;;
+        disk_read_raw_ns) echo "random 4 KiB read of a raw image, ns" ;;
+        disk_read_qcow2_ns) echo "of a qcow2 image, ns" ;;
+        disk_read_ratio) echo "the one to the other" ;;
+        disk_write_raw_ns) echo "random 4 KiB write to a raw image, ns" ;;
+        disk_write_qcow2_ns) echo "to a qcow2 image, ns" ;;
+        disk_write_ratio) echo "the one to the other" ;;
         get_metrics_us) echo "GET /metrics, CPU time of the monitor, us" ;;
         *) echo "$1" ;;
     esac
 }
 
 main() {
-    local cases=("$@") case figures name value counted=1 guest='' host='' startup='' api=''
+    local cases=("$@") case figures name value counted=1 guest='' host='' startup='' api='' disk=''
     [[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
     ((${#cases[@]})) || cases=("${CASES[@]}")
     ((EUID == 0)) || die "needs root: the net case creates a network tap"
-    require_tools cc:gcc
+    require_tools cc:gcc qemu-img:qemu-utils
     ! has_kvm || [[ ${MAYFLY_BENCH_ICOUNT:-} == 1 ]] || counted=''
     [[ ! $counted ]] || require_tools cpio:cpio qemu-system-x86_64:qemu-system-x86
     build

@@ -43,7 +43,7 @@ fuzz() {
 main() {
     (($#)) || die "usage: run.sh SECONDS [TARGET...]"
     local seconds=$1 targets=("${@:2}") target running=0
-    ((${#targets[@]})) || mapfile -t targets < <(sed -n 's/^name = "\([a-z_]*\)"$/\1/p' "$HERE/Cargo.toml")
+    ((${#targets[@]})) || mapfile -t targets < <(sed -n 's/^name = "\([a-z0-9_]*\)"$/\1/p' "$HERE/Cargo.toml")
     require_fuzzer
     mkdir -p "$LOGS"
     say "building the fuzz targets"
