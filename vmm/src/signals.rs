@@ -202,7 +202,8 @@ impl AsRawFd for Termination {
     }
 }
 
-/// Ends the process by `signal`, as its parent expects of a process that does not handle it.
+/// Ends the process by `signal`, as its parent expects of a process that does not handle it. The first process of a PID
+/// namespace does not die by its own signals: it exits with the code that shells give for the signal.
 pub fn die_by(signal: c_int) -> ! {
     // SAFETY: needed to restore the default action and unblock the signal. The set is initialized before its use.
     unsafe {
@@ -213,5 +214,5 @@ pub fn die_by(signal: c_int) -> ! {
         libc::raise(signal);
         libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
     }
-    std::process::exit(2)
+    std::process::exit(128 + signal)
 }
