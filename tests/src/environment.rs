@@ -22,6 +22,21 @@ pub fn binary() -> Result<PathBuf> {
     path.canonicalize().map_err(|_| missing())
 }
 
+/// The `mayfly-jailer` under test.
+pub(crate) fn jailer() -> Result<PathBuf> {
+    let path = match std::env::var_os("MAYFLY_JAILER") {
+        Some(path) => path.into(),
+        None => binary()?.with_file_name("mayfly-jailer"),
+    };
+    let missing = || {
+        Failure::new(format!(
+            "no jailer {}: run `make build`, or set MAYFLY_JAILER",
+            path.display()
+        ))
+    };
+    path.canonicalize().map_err(|_| missing())
+}
+
 /// One of the files that `resources/guest/build.sh` makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuestImage {

@@ -81,3 +81,32 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
         Ok(result)
     }
 }
+
+/// Makes the process an ordinary user's, who may use KVM and taps: through device nodes of his own, as those of the
+/// machine may be root's.
+pub fn become_user(user: u32) -> io::Result<()> {
+    own_mounts()?;
+    let everybody = 0o666;
+    for (path, minor) in [(KVM, 232), (c"/dev/net/tun", 200)] {
+        let node = c"/dev/shm/mayfly-device";
+        mount(c"none", c"/dev/shm", Some(c"tmpfs"), 0, None)?;
+        // SAFETY: needed because this runs between fork and exec, where only system calls may be made; these are, and the
+        // strings end with zero.
+        unsafe {
+            check(libc::mknod(
+                node.as_ptr(),
+                libc::S_IFCHR,
+                libc::makedev(10, minor),
+            ))?;
+            check(libc::chmod(node.as_ptr(), everybody))?;
+        }
+        mount(node, path, None, libc::MS_BIND, None)?;
+    }
+    // SAFETY: as above; the calls change the process only.
+    unsafe {
+        check(libc::setgroups(0, std::ptr::null()))?;
+        check(libc::setgid(user))?;
+        check(libc::setuid(user))?;
+    }
+    Ok(())
+}

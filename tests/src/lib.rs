@@ -14,7 +14,7 @@
 //! [`TestVm::start`] with a [`TinyKernel`] needs only some `/dev/kvm`. What is missing fails the test and says what to do.
 //! Every wait has a deadline, and a failure shows the console, the log and the standard error of the monitor.
 //!
-//! Environment: `MAYFLY_BIN` (the binary; default: the release build), `MAYFLY_GUEST_DIR` (the images; default:
+//! Environment: `MAYFLY_BIN` (the binary; default: the release build), `MAYFLY_JAILER` (the jailer; default: beside it), `MAYFLY_GUEST_DIR` (the images; default:
 //! `build/guest`), `MAYFLY_GUEST_COUNT_FILE` (each guest that booted appends a line).
 
 mod agent;
@@ -27,10 +27,12 @@ mod failure;
 mod guest;
 mod image;
 pub mod isolation;
+pub mod jail;
 mod monitor;
 mod monitor_builder;
 mod qemu_img;
 mod scratch;
+pub mod steps;
 pub mod stream;
 mod tap;
 pub mod terminal;
