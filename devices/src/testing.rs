@@ -122,7 +122,9 @@ impl LaneHost for Inline {
     }
     fn detach(&self, id: LaneId) -> Box<Lane> {
         self.watch.watched.lock().unwrap().clear();
-        self.lanes.lock().unwrap().remove(&id).unwrap()
+        let mut lane = self.lanes.lock().unwrap().remove(&id).unwrap();
+        lane.end();
+        lane
     }
     fn run(&self, id: LaneId, job: Job) {
         job(self.lanes.lock().unwrap().get_mut(&id).unwrap(), &self.watch);

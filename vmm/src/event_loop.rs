@@ -233,7 +233,8 @@ impl Worker {
     }
 
     fn detach(&mut self, id: Number) -> Box<Lane> {
-        let Running { lane, fds } = self.lanes.remove(&id).expect("a slot names its own lane");
+        let Running { mut lane, fds } = self.lanes.remove(&id).expect("a slot names its own lane");
+        lane.end();
         for fd in fds {
             // A descriptor that the device has closed is gone from the set already.
             let _ = self

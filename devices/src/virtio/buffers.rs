@@ -45,6 +45,19 @@ impl<'m> Buffers<'m> {
         Storage(self.pieces)
     }
 
+    /// Gives up the proof that the memory is there, for a request that goes on when this call is over.
+    ///
+    /// # Safety
+    ///
+    /// The caller keeps the memory of the pieces mapped as long as it uses them.
+    pub unsafe fn detach(self) -> Buffers<'static> {
+        Buffers {
+            pieces: self.pieces,
+            len: self.len,
+            memory: PhantomData,
+        }
+    }
+
     /// No bytes.
     pub fn new() -> Self {
         Self {

@@ -179,6 +179,12 @@ impl Lane {
         queue.is_some_and(|queue| queue.config().ready)
     }
 
+    /// Waits for what could still touch the guest's memory, on the io thread, which may make the system calls for that.
+    /// The loop lets go of the lane next.
+    pub fn end(&mut self) {
+        self.device.end();
+    }
+
     /// Ends the lane: the device goes back to its slot.
     pub fn into_device(mut self) -> Box<dyn VirtioDevice> {
         self.device.reset();

@@ -259,6 +259,8 @@ pub trait VirtioDevice: Send {
     fn quiesce(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
+    /// The driver is gone: waits for what could still touch the guest's memory. Called on the io thread, before `reset`.
+    fn end(&mut self) {}
     /// Forgets what it knows of the driver; counters and backend stay. The loop no longer watches anything.
     fn reset(&mut self) {}
     /// Changes the live device as its own `Patch` says, wholly or not at all.

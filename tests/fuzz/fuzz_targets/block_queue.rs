@@ -1,12 +1,12 @@
-//! A disk whose driver does anything: nothing panics, nothing is written behind the disk's last whole sector, and
-//! nothing at all to a read-only disk.
+//! A disk whose driver does anything, with either engine: nothing panics, nothing is written behind the disk's last whole
+//! sector, and nothing at all to a read-only disk.
 #![no_main]
 
 use std::fs;
 use std::sync::LazyLock;
 
 use arbitrary::Arbitrary;
-use devices::virtio::block::{CacheType, Config};
+use devices::virtio::block::{CacheType, Config, IoEngine};
 use libfuzzer_sys::fuzz_target;
 use mayfly_fuzz::driver::{DATA, HEADERS, Machine, Op, limits, piece};
 use serde_json::json;
@@ -28,6 +28,15 @@ enum Step {
         data: Vec<(u16, u8)>,
         indirect: bool,
     },
+    /// A discard or write-zeroes request: sector, count of sectors, flags.
+    Range {
+        zeroes: bool,
+        sector: u8,
+        sectors: u8,
+        flags: u8,
+    },
+    /// The control thread opens the image anew.
+    Swap,
     /// The control thread limits operations and bytes.
     Limit(u8, u16),
 }
@@ -52,8 +61,23 @@ fn request(machine: &mut Machine<'_>, kind: u8, sector: u8, data: &[(u16, u8)], 
     machine.kick(0);
 }
 
-fuzz_target!(|input: (bool, u64, Vec<Step>)| {
-    let (read_only, features, steps) = input;
+/// Offers a well-formed request that names a range, and kicks.
+fn range(machine: &mut Machine<'_>, kind: u64, sector: u8, sectors: u8, flags: u8) {
+    machine.write(HEADERS, &kind.to_le_bytes());
+    machine.write(DATA, &u64::from(sector % 32).to_le_bytes());
+    let rest = u64::from(sectors % 32) | u64::from(flags % 4) << 32;
+    machine.write(DATA + 8, &rest.to_le_bytes());
+    let pieces = [
+        piece(HEADERS, 16, false),
+        piece(DATA, 16, false),
+        piece(HEADERS + 16, 1, true),
+    ];
+    machine.offer(0, &pieces, false);
+    machine.kick(0);
+}
+
+fuzz_target!(|input: (bool, bool, u64, Vec<Step>)| {
+    let (read_only, overlap, features, steps) = input;
     let before = vec![9; SECTORS * 512 + TAIL];
     fs::write(&*IMAGE, &before).expect("there is room in /dev/shm");
     let config = Config {
@@ -64,7 +88,7 @@ fuzz_target!(|input: (bool, u64, Vec<Step>)| {
         is_read_only: Some(read_only),
         path_on_host: Some(IMAGE.clone()),
         rate_limiter: None,
-        io_engine: None,
+        io_engine: overlap.then_some(IoEngine::Async),
         socket: None,
         queues: None,
         format: None,
@@ -83,11 +107,20 @@ fuzz_target!(|input: (bool, u64, Vec<Step>)| {
                 ref data,
                 indirect,
             } => request(&mut machine, kind, sector, data, indirect),
+            Step::Range {
+                zeroes,
+                sector,
+                sectors,
+                flags,
+            } => range(&mut machine, if zeroes { 13 } else { 11 }, sector, sectors, flags),
+            Step::Swap => machine.update(json!({"drive_id": "disk", "path_on_host": *IMAGE})),
             Step::Limit(ops, bytes) => {
                 machine.update(json!({"drive_id": "disk", "rate_limiter": limits(ops, bytes)}))
             }
         }
     }
+    // What is in flight is done when the device is gone.
+    drop(machine);
     let after = fs::read(&*IMAGE).expect("the image is still there");
     assert_eq!(after.len(), before.len());
     assert_eq!(after[SECTORS * 512..], before[SECTORS * 512..]);

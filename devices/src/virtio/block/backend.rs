@@ -1,5 +1,6 @@
 //! [`Backend`]: what holds a drive's bytes, and [`open`], which makes the one that a config asks for.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 
@@ -16,6 +17,10 @@ use crate::virtio::Buffers;
 pub(super) trait Backend: Send + Sync {
     /// Bytes. Any that make no whole sector are not for the guest.
     fn size(&self) -> u64;
+    /// The file whose bytes are the drive's, for an engine that works on it by itself; none when it is not that simple.
+    fn file(&self) -> Option<&File> {
+        None
+    }
     /// What keeps its images from other machines.
     fn locks(&self) -> &[Lock];
     /// Fills `buffers` from `offset` on. What is left in `buffers` then is of no meaning.
@@ -121,6 +126,16 @@ pub enum OpenError {
         exclusive: bool,
         /// The process that has it, if that can be seen.
         holder: Option<u32>,
+    },
+    /// The kernel does not let this process overlap requests.
+    #[error(
+        "this host does not offer io_uring, which io_engine Async of the disk '{path}' needs: use io_engine Sync"
+    )]
+    Engine {
+        /// The image.
+        path: String,
+        /// What the system said.
+        source: io::Error,
     },
     /// Anything else that the system refused.
     #[error("cannot {op} the disk image '{path}'")]

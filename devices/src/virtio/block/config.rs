@@ -83,14 +83,11 @@ pub enum CacheType {
 }
 
 /// How requests are carried out.
-///
-/// In this version both engines are the same: the device's io thread serves requests with synchronous system calls,
-/// apart from the vCPUs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IoEngine {
-    /// Requests of one drive overlap (not yet, see above).
+    /// Requests of one drive overlap, by io_uring.
     Async,
-    /// One request at a time.
+    /// One at a time, by system calls that wait for the disk.
     #[default]
     Sync,
 }

@@ -6,9 +6,12 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vm_memory::VolatileSlice;
 
 use super::request::{Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Request, SERIAL, Status};
-use super::{Backend, CacheType, Config, Metrics, OpenError, Patch, SECTOR, backend};
+use super::uring::Uring;
+use super::{Backend, CacheType, Config, Metrics, OpenError, Patch, SECTOR, backend, overlap};
+use crate::GuestMemory;
 use crate::rate_limiter;
 use crate::virtio::{
     Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, Ring, Sibling,
@@ -35,14 +38,15 @@ const CONFIG_SIZE: usize = 60;
 /// A run of the queue ends after this many requests or this much time, whichever comes first. Then the answers go
 /// out and the other devices of the loop have their turn. So an answer waits for few others when the disk is slow, and
 /// one interrupt serves many when it is fast.
-const RUN_REQUESTS: u32 = 128;
+pub(super) const RUN_REQUESTS: u32 = 128;
 const RUN_TIME: Duration = Duration::from_micros(500);
 
 const KIND: &str = "block";
 const STATE_VERSION: u32 = 1;
 
-/// The device's only descriptor: the timer of its rate limiter.
+/// The device's descriptors: the timer of its rate limiter, and what tells that requests have landed.
 const LIMITER_TOKEN: u32 = 0;
+pub(super) const ENGINE_TOKEN: u32 = 1;
 
 /// What a snapshot keeps: facts that the guest has read and that must hold after the restore, and what is left of limits.
 #[derive(Debug, Serialize, Deserialize)]
@@ -57,26 +61,39 @@ struct State {
 pub struct Block {
     info: DeviceInfo,
     config: Config,
-    backend: Arc<dyn Backend>,
+    pub(super) backend: Arc<dyn Backend>,
     /// The queue that it serves.
     queue: u16,
     /// Where the first part leaves its config and backend for the others.
     shared: Arc<Mutex<(Config, Arc<dyn Backend>)>>,
     /// The other parts, until they are split off.
     siblings: Vec<Block>,
+    /// What carries requests out so that they overlap; without it each is carried out where it is taken.
+    pub(super) engine: Option<Box<Uring>>,
     flush: bool,
-    throttle: Throttle,
+    pub(super) throttle: Throttle,
     serial: [u8; SERIAL],
     config_space: [u8; CONFIG_SIZE],
     /// Kept from run to run, so that serving a request allocates nothing.
     storage: ChainStorage,
-    metrics: Metrics,
+    pub(super) metrics: Metrics,
+}
+
+/// What becomes of a request that was popped.
+pub(super) enum Admitted<'m> {
+    /// The rate limiter holds it back.
+    Held,
+    /// It was not valid; so many bytes were written to it.
+    Answered(u32),
+    /// It is to be carried out, and then answered in this byte.
+    Valid(Request, VolatileSlice<'m>),
 }
 
 impl Block {
     /// Opens the image of a valid config and makes the device.
     pub(super) fn new(config: &Config) -> Result<Self, OpenError> {
         let backend: Arc<dyn Backend> = backend::open(config, &[])?.into();
+        let engine = overlap::engine(config, &*backend)?;
         let flush = config.cache_type == CacheType::Writeback;
         let queues = config.queue_count();
         let mut features = feature::COMMON | F_SEG_MAX | F_BLK_SIZE;
@@ -97,6 +114,7 @@ impl Block {
             config: config.clone(),
             shared: Arc::new((config.clone(), Arc::clone(&backend)).into()),
             backend,
+            engine,
             queue: 0,
             siblings: Vec::new(),
             flush,
@@ -120,6 +138,7 @@ impl Block {
         Ok(Self {
             info: self.info.clone(),
             config: self.config.clone(),
+            engine: overlap::engine(&self.config, &*self.backend)?,
             backend: Arc::clone(&self.backend),
             queue,
             shared: Arc::clone(&self.shared),
@@ -135,7 +154,17 @@ impl Block {
 
     /// Serves requests until the queue is empty or the rate limiter holds one back (false), or the run has lasted long
     /// enough (true). The answers are in the ring and still to be published.
-    fn run(&mut self, ring: &mut Ring<'_, '_>, write_through: bool) -> Result<bool, QueueError> {
+    fn run<'m>(
+        &mut self,
+        ring: &mut Ring<'_, 'm>,
+        mem: &'m GuestMemory,
+        write_through: bool,
+    ) -> Result<bool, DeviceError> {
+        if let Some(mut engine) = self.engine.take() {
+            let more = self.run_ahead(&mut engine, ring, mem, write_through);
+            self.engine = Some(engine);
+            return more;
+        }
         let mut chain = Chain::from(std::mem::take(&mut self.storage));
         let more = self.serve_all(&mut chain, ring, write_through);
         self.storage = chain.into_storage();
@@ -146,7 +175,7 @@ impl Block {
                 self.serial_text()
             );
         }
-        more
+        Ok(more?)
     }
 
     fn serve_all<'m>(
@@ -164,7 +193,6 @@ impl Block {
             }
             if ring.pop(chain)? {
                 let Some(written) = self.serve(chain, &mut now, write_through) else {
-                    self.metrics.rate_limiter_throttled_events += 1;
                     ring.unpop(1);
                     return Ok(false);
                 };
@@ -180,42 +208,54 @@ impl Block {
     /// Serves one request that begins at `now`, which moves on to its end; returns how many bytes were written to it,
     /// or nothing when the rate limiter holds it back.
     fn serve(&mut self, chain: &mut Chain<'_>, now: &mut Instant, write_through: bool) -> Option<u32> {
+        match self.admit(chain) {
+            Admitted::Held => None,
+            Admitted::Answered(written) => Some(written),
+            Admitted::Valid(request, status) => {
+                let result = self.execute(request, chain, write_through);
+                let start = std::mem::replace(now, Instant::now());
+                Some(self.conclude(request, &status, result, *now - start))
+            }
+        }
+    }
+
+    /// Takes a request apart, which was just popped; one that is not valid is answered.
+    pub(super) fn admit<'m>(&mut self, chain: &mut Chain<'m>) -> Admitted<'m> {
         let Some(status_byte) = chain.writable.pop_byte() else {
             // There is no place to say that it is wrong.
             self.metrics.invalid_reqs_count += 1;
-            return Some(0);
+            return Admitted::Answered(0);
         };
         let limits = Limits {
             sectors: self.sectors(),
             read_only: self.config.read_only(),
             flush: self.flush,
         };
-        let (status, written) = match Request::parse(chain, limits) {
-            Ok(request) if !self.throttle.take(request.bytes(chain)) => return None,
-            Ok(request) => self.answer(request, chain, now, write_through),
+        match Request::parse(chain, limits) {
+            Ok(request) if !self.throttle.take(request.bytes(chain)) => {
+                self.metrics.rate_limiter_throttled_events += 1;
+                Admitted::Held
+            }
+            Ok(request) => Admitted::Valid(request, status_byte),
             Err(status) => {
                 self.metrics.invalid_reqs_count += 1;
-                (status, 0)
+                status_byte.copy_from(&[status as u8]);
+                Admitted::Answered(1)
             }
-        };
-        status_byte.copy_from(&[status as u8]);
-        Some(u32::try_from(written + 1).expect("the queue bounds a chain to 4 GiB"))
+        }
     }
 
-    fn answer(
+    /// Answers a request that was carried out, with what came of it: how many bytes of data it moved. Returns how many
+    /// bytes were written to it.
+    pub(super) fn conclude(
         &mut self,
         request: Request,
-        chain: &mut Chain<'_>,
-        now: &mut Instant,
-        write_through: bool,
-    ) -> (Status, usize) {
-        let result = self.execute(request, chain, write_through);
-        let start = std::mem::replace(now, Instant::now());
-        match result {
-            Ok(bytes) => {
-                let written = self.count(request, bytes, *now - start);
-                (Status::Ok, written)
-            }
+        status_byte: &VolatileSlice<'_>,
+        result: io::Result<usize>,
+        time: Duration,
+    ) -> u32 {
+        let (status, written) = match result {
+            Ok(bytes) => (Status::Ok, self.count(request, bytes, time)),
             Err(error) => {
                 self.metrics.execute_fails += 1;
                 // A broken disk fails every request, so the log gets ever fewer of them.
@@ -225,11 +265,18 @@ impl Block {
                 }
                 (Status::IoError, 0)
             }
-        }
+        };
+        status_byte.copy_from(&[status as u8]);
+        u32::try_from(written + 1).expect("the queue bounds a chain to 4 GiB")
     }
 
     /// Does what a valid request asks for; returns how many bytes of data it moved.
-    fn execute(&self, request: Request, chain: &mut Chain<'_>, write_through: bool) -> io::Result<usize> {
+    pub(super) fn execute(
+        &self,
+        request: Request,
+        chain: &mut Chain<'_>,
+        write_through: bool,
+    ) -> io::Result<usize> {
         match request {
             Request::Read { offset } => {
                 let bytes = chain.writable.len();
@@ -306,7 +353,7 @@ impl Block {
         let write_through = self.flush && io.features & F_FLUSH == 0;
         let mut ring = running.open(io.mem)?;
         self.throttle.begin(io.clock);
-        let more = self.run(&mut ring, write_through);
+        let more = self.run(&mut ring, io.mem, write_through);
         ring.publish();
         if ring.needs_interrupt() {
             io.irq.raise(Vector::Queue(queue));
@@ -320,12 +367,12 @@ impl Block {
             Ok(false) => self.throttle.settle(io.clock),
             Err(error) => {
                 self.metrics.event_fails += 1;
-                Err(error.into())
+                Err(error)
             }
         }
     }
 
-    fn change(&mut self, patch: Value, io: &Io<'_>) -> Result<(), UpdateError> {
+    fn change(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError> {
         let patch: Patch = serde_json::from_value(patch)?;
         patch
             .validate()
@@ -338,7 +385,7 @@ impl Block {
         if swap {
             let backend = backend::open(&config, self.backend.locks())
                 .map_err(|error| UpdateError::Device(error.into()))?;
-            // Requests are synchronous, so none is on its way to the old one.
+            self.prepare_swap(self.queue, &*backend, io)?;
             self.config_space = config_space(&*backend, &config);
             self.backend = backend.into();
         }
@@ -373,15 +420,16 @@ impl VirtioDevice for Block {
         self.siblings.drain(..).map(sibling).collect()
     }
 
-    fn refresh(&mut self, _io: &mut Io<'_>) {
+    fn refresh(&mut self, io: &mut Io<'_>) {
         let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         (self.config, self.backend) = shared.clone();
         drop(shared);
+        self.refresh_engine(io);
         self.throttle.refresh();
     }
 
     fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let result = self.throttle.activate(io);
+        let result = self.throttle.activate(io).and_then(|()| self.watch_engine(io));
         self.metrics.activate_fails += u64::from(result.is_err());
         result
     }
@@ -394,7 +442,10 @@ impl VirtioDevice for Block {
         self.serve_queue(queue, io)
     }
 
-    fn on_event(&mut self, _token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+    fn on_event(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if token == ENGINE_TOKEN {
+            return self.serve_queue(self.queue, io);
+        }
         if !self.throttle.release() {
             return Ok(());
         }
@@ -402,11 +453,19 @@ impl VirtioDevice for Block {
         self.serve_queue(self.queue, io)
     }
 
-    fn quiesce(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
+    fn quiesce(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.land_all(self.queue, io)?;
         let op = "write the tables of the image";
         self.backend
             .settle()
             .map_err(|source| DeviceError::Host { op, source })
+    }
+
+    fn end(&mut self) {
+        // What is in flight must not write to the guest's memory when the driver has its answer.
+        if let Some(engine) = &mut self.engine {
+            engine.drain();
+        }
     }
 
     fn reset(&mut self) {

@@ -8,20 +8,29 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use super::OpenError;
 
-/// A lock on an image, held until the last clone is dropped, and with it the open file.
+/// A lock on an image, held until the last clone is dropped.
 #[derive(Debug, Clone)]
-pub(super) struct Lock {
-    /// Keeps the lock; another file may be in use for the data.
-    _file: Arc<File>,
+pub(super) struct Lock(Arc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    file: Arc<File>,
     exclusive: bool,
     identity: Identity,
 }
 
 /// Device and number of an inode.
 type Identity = (u64, u64);
+
+/// How often and after what time a lock is tried again that nobody seems to have: the kernel closes the files of a process
+/// that was killed while requests of its were in flight a moment after its end.
+const TRIES: u32 = 10;
+const PAUSE: Duration = Duration::from_millis(20);
 
 impl Lock {
     /// Locks the image that is open as `file`, for itself alone if `exclusive`. A lock of `held` on the same image that
@@ -38,35 +47,62 @@ impl Lock {
         };
         let metadata = file.metadata().map_err(refused("examine"))?;
         let identity = (metadata.dev(), metadata.ino());
-        let serves = |held: &&Lock| held.identity == identity && held.exclusive >= exclusive;
+        let serves = |Lock(held): &&Lock| held.identity == identity && held.exclusive >= exclusive;
         if let Some(held) = held.iter().find(serves) {
             return Ok(held.clone());
         }
-        let mut request = whole_file(exclusive);
-        // SAFETY: needed as std has no such locks. The kernel reads a structure that lives longer.
-        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &mut request) } != 0 {
-            let error = io::Error::last_os_error();
+        let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+        let mut tries = TRIES;
+        while let Err(error) = set(file, kind) {
             match (error.kind(), error.raw_os_error()) {
                 (ErrorKind::WouldBlock | ErrorKind::PermissionDenied, _) => {
-                    return Err(in_use(path, file, exclusive, identity));
+                    let holder = owner(file, exclusive).or_else(|| holder(identity));
+                    tries -= 1;
+                    if holder.is_some() || tries == 0 {
+                        let path = path.to_owned();
+                        return Err(OpenError::InUse {
+                            path,
+                            exclusive,
+                            holder,
+                        });
+                    }
+                    thread::sleep(PAUSE);
                 }
-                (_, Some(libc::ENOLCK | libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)) => log::warn!(
-                    "the file system of the disk image '{path}' has no locks ({error}): \
-                     see to it that no other program writes the image"
-                ),
+                (_, Some(libc::ENOLCK | libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)) => {
+                    log::warn!(
+                        "the file system of the disk image '{path}' has no locks ({error}): \
+                         see to it that no other program writes the image"
+                    );
+                    break;
+                }
                 _ => return Err(refused("lock")(error)),
             }
         }
-        Ok(Self {
-            _file: Arc::clone(file),
+        Ok(Self(Arc::new(Held {
+            file: Arc::clone(file),
             exclusive,
             identity,
-        })
+        })))
     }
 }
 
-fn whole_file(exclusive: bool) -> libc::flock {
-    let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+impl Drop for Held {
+    fn drop(&mut self) {
+        // The kernel may keep the open file a little longer, for an io_uring. A lock that was never had needs no unlocking.
+        let _ = set(&self.file, libc::F_UNLCK);
+    }
+}
+
+fn set(file: &File, kind: libc::c_int) -> io::Result<()> {
+    let request = whole_file(kind);
+    // SAFETY: needed as std has no such locks. The kernel reads a structure that lives longer.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn whole_file(kind: libc::c_int) -> libc::flock {
     libc::flock {
         l_type: libc::c_short::try_from(kind).expect("the types of locks are small"),
         l_whence: libc::c_short::try_from(libc::SEEK_SET).expect("it is zero"),
@@ -76,19 +112,13 @@ fn whole_file(exclusive: bool) -> libc::flock {
     }
 }
 
-fn in_use(path: &str, file: &File, exclusive: bool, identity: Identity) -> OpenError {
-    let mut other = whole_file(exclusive);
+/// The process that has a lock in the way, if it is one of processes: those of open files have no owner.
+fn owner(file: &File, exclusive: bool) -> Option<u32> {
+    let mut other = whole_file(if exclusive { libc::F_WRLCK } else { libc::F_RDLCK });
     // SAFETY: needed as std has no such locks. The kernel writes a structure that lives longer.
     let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut other) };
-    // Locks of processes have an owner, those of open files do not.
-    let owner = u32::try_from(other.l_pid)
-        .ok()
-        .filter(|pid| asked == 0 && *pid > 0);
-    OpenError::InUse {
-        path: path.to_owned(),
-        exclusive,
-        holder: owner.or_else(|| holder(identity)),
-    }
+    let pid = u32::try_from(other.l_pid).ok();
+    pid.filter(|pid| asked == 0 && *pid > 0)
 }
 
 /// The process that has the image locked through an open file, as far as this one may see that: `fdinfo` tells the locks

@@ -39,7 +39,7 @@ pub struct Metrics {
     pub write_count: u64,
     /// Times that the rate limiter held a request back.
     pub rate_limiter_throttled_events: u64,
-    /// Requests that a full engine held back. Always zero: the synchronous engine is never full.
+    /// Times that a full asynchronous engine held requests back.
     pub io_engine_throttled_events: u64,
     /// Requests that stayed in the queue when a run of it ended, so that other devices had their turn.
     pub remaining_reqs_count: u64,

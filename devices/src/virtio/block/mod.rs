@@ -8,17 +8,20 @@
 //! With several queues there is a part of the device for each, all over one backend and one rate limiter; each runs by
 //! itself, perhaps on a loop of its own.
 //!
-//! The control thread builds the device. From DRIVER_OK to reset it runs on an io loop, with synchronous system calls:
-//! a slow disk holds up the devices of its loop, but no vCPU.
+//! The control thread builds the device. From DRIVER_OK to reset it runs on an io loop. With synchronous system calls a
+//! slow disk holds up the devices of its loop, but no vCPU; with the asynchronous engine (`overlap`, over `uring`) it holds
+//! up nobody.
 
 mod backend;
 mod config;
 mod device;
 mod lock;
 mod metrics;
+mod overlap;
 pub mod qcow2;
 mod raw;
 mod request;
+mod uring;
 
 pub use backend::OpenError;
 pub use config::{BackingRule, CacheType, Config, ConfigError, Format, IoEngine, MAX_QUEUES, Patch};

@@ -5,8 +5,10 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::Arc;
+
+use vm_memory::VolatileSlice;
 
 use super::lock::Lock;
 use super::{Backend, OpenError};
@@ -47,6 +49,7 @@ impl Raw {
         };
         let metadata = file.metadata().map_err(host("examine"))?;
         check_kind(path, &metadata)?;
+        set_blocking(&file).map_err(host("set the mode of"))?;
         let size = file.seek(SeekFrom::End(0)).map_err(host("find the size of"))?;
         let block = match metadata.file_type().is_block_device() {
             true => Some(block_size(&file).map_err(host("find the block size of"))?),
@@ -77,11 +80,13 @@ impl Raw {
 
     /// Zeros from memory, for file systems that can do no better.
     fn write_zero_bytes(&self, range: &Range<u64>) -> io::Result<()> {
-        let zeros = [0; 64 << 10];
+        let mut zeros = [0; 64 << 10];
         let mut at = range.start;
         while at < range.end {
             let piece = usize::try_from(range.end - at).map_or(zeros.len(), |left| left.min(zeros.len()));
-            self.file.write_all_at(&zeros[..piece], at)?;
+            let mut buffers = Buffers::new();
+            buffers.push(&VolatileSlice::from(&mut zeros[..piece]));
+            self.write(at, &mut buffers)?;
             at += u64::try_from(piece).expect("a usize fits");
         }
         Ok(())
@@ -91,6 +96,10 @@ impl Raw {
 impl Backend for Raw {
     fn size(&self) -> u64 {
         self.size
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     fn locks(&self) -> &[Lock] {
@@ -148,6 +157,12 @@ impl Backend for Raw {
 
 fn off_t(offset: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(offset).map_err(|_| ErrorKind::InvalidInput.into())
+}
+
+/// Takes back what kept the opening from waiting: io_uring answers for some file systems that it would have to wait.
+fn set_blocking(file: &File) -> io::Result<()> {
+    // SAFETY: needed as std has no fcntl. It takes numbers only, and the descriptor is open.
+    answer(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, 0) })
 }
 
 /// Makes a system call that answers zero, again as long as signals interrupt it.

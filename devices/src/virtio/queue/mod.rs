@@ -231,6 +231,21 @@ impl Chain<'_> {
         }
     }
 
+    /// Gives up the proof that the memory is there, for a request that goes on when this call is over.
+    ///
+    /// # Safety
+    ///
+    /// The caller keeps the memory of the chain mapped as long as it uses it.
+    pub unsafe fn detach(self) -> Chain<'static> {
+        // SAFETY: needed to detach both sides; what is asked of the caller is the same.
+        let (readable, writable) = unsafe { (self.readable.detach(), self.writable.detach()) };
+        Chain {
+            head: self.head,
+            readable,
+            writable,
+        }
+    }
+
     /// An empty chain to pop into.
     pub fn new() -> Self {
         Self::default()

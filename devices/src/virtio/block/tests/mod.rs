@@ -6,6 +6,7 @@ mod limits;
 mod live;
 mod locks;
 mod noise;
+mod overlap;
 mod queues;
 mod requests;
 
