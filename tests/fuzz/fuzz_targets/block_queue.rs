@@ -90,6 +90,7 @@ fuzz_target!(|input: (bool, bool, u64, Vec<Step>)| {
         rate_limiter: None,
         io_engine: overlap.then_some(IoEngine::Async),
         socket: None,
+        direct: false,
         queues: None,
         format: None,
         backing: None,

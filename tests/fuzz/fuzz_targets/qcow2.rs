@@ -118,6 +118,7 @@ fuzz_target!(|input: (Vec<Change>, u16, Vec<Request>)| {
         rate_limiter: None,
         io_engine: None,
         socket: None,
+        direct: false,
         queues: None,
         format: Some(Format::Qcow2),
         backing: None,

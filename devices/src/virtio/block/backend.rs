@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::lock::Lock;
 use super::qcow2::{self, Qcow2};
 use super::raw::Raw;
-use super::{Config, ConfigError, Format, SECTOR};
+use super::{Config, ConfigError, Format, IoEngine, SECTOR};
 use crate::virtio::Buffers;
 
 /// What holds a drive's bytes: a run of [`Backend::size`] bytes that the guest reads and writes.
@@ -20,6 +20,10 @@ pub(super) trait Backend: Send + Sync {
     /// The file whose bytes are the drive's, for an engine that works on it by itself; none when it is not that simple.
     fn file(&self) -> Option<&File> {
         None
+    }
+    /// Whether that file can take this piece of a request as it is; if not, the backend's own calls can.
+    fn takes(&self, _offset: u64, _buffers: &Buffers<'_>) -> bool {
+        true
     }
     /// What keeps its images from other machines.
     fn locks(&self) -> &[Lock];
@@ -50,7 +54,7 @@ pub(super) trait Backend: Send + Sync {
 pub(super) fn open(config: &Config, held: &[Lock]) -> Result<Box<dyn Backend>, OpenError> {
     let path = config.path_on_host.as_deref().unwrap_or_default();
     let backend: Box<dyn Backend> = match config.format.unwrap_or_default() {
-        Format::Raw => Box::new(Raw::open(path, config.read_only(), held)?),
+        Format::Raw => Box::new(open_raw(path, config, held)?),
         Format::Qcow2 => Box::new(Qcow2::open(config, held)?),
     };
     let size = backend.size();
@@ -66,6 +70,19 @@ pub(super) fn open(config: &Config, held: &[Lock]) -> Result<Box<dyn Backend>, O
         );
     }
     Ok(backend)
+}
+
+fn open_raw(path: &str, config: &Config, held: &[Lock]) -> Result<Raw, OpenError> {
+    if !config.direct {
+        return Raw::open(path, config.read_only(), held);
+    }
+    let (raw, block) = Raw::open_direct(path, config.read_only(), held)?;
+    // A write of a part of a block must not meet others, and those in the kernel cannot be kept away.
+    if block > SECTOR && config.io_engine == Some(IoEngine::Async) {
+        let path = path.to_owned();
+        return Err(OpenError::LargeBlocks { path, block });
+    }
+    Ok(raw)
 }
 
 /// Why a drive could not be opened.
@@ -136,6 +153,24 @@ pub enum OpenError {
         path: String,
         /// What the system said.
         source: io::Error,
+    },
+    /// Its file system has no O_DIRECT.
+    #[error("the file system of the disk image '{path}' cannot go past the page cache: leave direct out")]
+    NotDirect {
+        /// The image.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Its blocks are too large for requests that overlap.
+    #[error(
+        "direct on the disk image '{path}' needs whole blocks of {block} bytes: use io_engine Sync, or leave direct out"
+    )]
+    LargeBlocks {
+        /// The image.
+        path: String,
+        /// Bytes in a block.
+        block: u64,
     },
     /// Anything else that the system refused.
     #[error("cannot {op} the disk image '{path}'")]

@@ -33,6 +33,9 @@ pub struct Config {
     pub io_engine: Option<IoEngine>,
     /// Socket of a vhost-user backend, in place of an image.
     pub socket: Option<String>,
+    /// True to go past the host's page cache (O_DIRECT).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direct: bool,
     /// Queues for requests, 1 to [`MAX_QUEUES`]. Absent is 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
@@ -195,6 +198,9 @@ impl Config {
             Format::Qcow2 if files && rule == BackingRule::Allow => Some(
                 "backing \"allow\" opens the files that the image names and backing_files others: leave one of them out",
             ),
+            Format::Qcow2 if self.direct => {
+                Some("a qcow2 image cannot go past the page cache: leave direct out")
+            }
             Format::Qcow2 if self.io_engine == Some(IoEngine::Async) => {
                 Some("a qcow2 image has no Async engine: set io_engine to \"Sync\" or leave it out")
             }

@@ -15,6 +15,7 @@
 mod backend;
 mod config;
 mod device;
+mod direct;
 mod lock;
 mod metrics;
 mod overlap;

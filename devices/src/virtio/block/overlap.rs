@@ -103,7 +103,7 @@ impl Block {
                     ring.push(chain.head(), written);
                     engine.give_back(chain);
                 }
-                Admitted::Valid(request, status) if overlaps(request, &chain) => {
+                Admitted::Valid(request, status) if self.overlaps(request, &chain) => {
                     let len = request.bytes(&chain);
                     bytes += len;
                     // SAFETY: needed to keep the chain beyond this call. The caller keeps the guest's memory.
@@ -189,6 +189,17 @@ impl Block {
         }
     }
 
+    /// Whether a request is one for the kernel to carry out while others are. What is rare is not.
+    fn overlaps(&self, request: Request, chain: &Chain<'_>) -> bool {
+        match request {
+            Request::Read { .. } | Request::Write { .. } if request.bytes(chain) == 0 => false,
+            Request::Read { offset } => self.backend.takes(offset, &chain.writable),
+            Request::Write { offset } => self.backend.takes(offset, &chain.readable),
+            Request::Flush => true,
+            Request::GetId | Request::Discard { .. } | Request::WriteZeroes { .. } => false,
+        }
+    }
+
     /// Follows a swap that another part of the device has made, with nothing in flight. If it cannot, requests are carried
     /// out where they are taken.
     pub(super) fn refresh_engine(&mut self, io: &Io<'_>) {
@@ -201,15 +212,6 @@ impl Block {
             let _ = io.watch.remove(engine.as_raw_fd());
             self.engine = None;
         }
-    }
-}
-
-/// Whether a request is one for the kernel to carry out while others are. What is rare is not.
-fn overlaps(request: Request, chain: &Chain<'_>) -> bool {
-    match request {
-        Request::Read { .. } | Request::Write { .. } => request.bytes(chain) > 0,
-        Request::Flush => true,
-        Request::GetId | Request::Discard { .. } | Request::WriteZeroes { .. } => false,
     }
 }
 

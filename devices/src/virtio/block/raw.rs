@@ -1,5 +1,5 @@
 //! [`Raw`]: an image whose bytes are the disk's, a regular file or a block device, and all system calls on it. Data goes
-//! straight between the guest's pages and the host's page cache.
+//! straight between the guest's pages and the host's page cache, or with O_DIRECT the disk.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
+use super::direct::Direct;
 use super::lock::Lock;
-use super::{Backend, OpenError};
+use super::{Backend, OpenError, SECTOR};
 use crate::virtio::Buffers;
 
 const PUNCH_HOLE: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -28,11 +29,38 @@ pub(super) struct Raw {
     size: u64,
     /// For a block device the size of its blocks, in which it discards.
     block: Option<u64>,
+    /// How requests are aligned, when they go past the page cache.
+    direct: Option<Direct>,
 }
 
 impl Raw {
     /// Opens and locks the image at `path`. Never blocks, creates or shortens anything.
     pub(super) fn open(path: &str, read_only: bool, held: &[Lock]) -> Result<Self, OpenError> {
+        Self::open_with(path, read_only, held, 0)
+    }
+
+    /// The same, past the page cache; also gives the size of the blocks that the kernel then takes.
+    pub(super) fn open_direct(path: &str, read_only: bool, held: &[Lock]) -> Result<(Self, u64), OpenError> {
+        let mut raw = Self::open_with(path, read_only, held, libc::O_DIRECT)?;
+        let direct = Direct::of(&raw.file).map_err(|source| OpenError::Host {
+            op: "find the alignment of",
+            path: path.to_owned(),
+            source,
+        })?;
+        let block = direct.block();
+        // What is no whole block cannot be reached.
+        let tail = raw.size % block;
+        if tail >= SECTOR {
+            log::warn!(
+                "the disk image '{path}' ends with a part of a block of {block} bytes: the guest will not see it"
+            );
+        }
+        raw.size -= tail;
+        raw.direct = Some(direct);
+        Ok((raw, block))
+    }
+
+    fn open_with(path: &str, read_only: bool, held: &[Lock], flags: libc::c_int) -> Result<Self, OpenError> {
         // To open a FIFO or a device node can have effects, so its kind is looked at before and, as the path may
         // have changed in between, after.
         let metadata = std::fs::metadata(path).map_err(|e| open_error(path, read_only, e))?;
@@ -40,16 +68,22 @@ impl Raw {
         let mut file = OpenOptions::new()
             .read(true)
             .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY | flags)
             .open(path)
-            .map_err(|e| open_error(path, read_only, e))?;
+            .map_err(|e| match e.kind() {
+                ErrorKind::InvalidInput if flags != 0 => OpenError::NotDirect {
+                    path: path.to_owned(),
+                    source: e,
+                },
+                _ => open_error(path, read_only, e),
+            })?;
         let host = |op| {
             let path = path.to_owned();
             move |source| OpenError::Host { op, path, source }
         };
         let metadata = file.metadata().map_err(host("examine"))?;
         check_kind(path, &metadata)?;
-        set_blocking(&file).map_err(host("set the mode of"))?;
+        set_blocking(&file, flags).map_err(host("set the mode of"))?;
         let size = file.seek(SeekFrom::End(0)).map_err(host("find the size of"))?;
         let block = match metadata.file_type().is_block_device() {
             true => Some(block_size(&file).map_err(host("find the block size of"))?),
@@ -62,6 +96,7 @@ impl Raw {
             lock,
             size,
             block,
+            direct: None,
         })
     }
 
@@ -106,7 +141,20 @@ impl Backend for Raw {
         &self.lock
     }
 
+    fn takes(&self, offset: u64, buffers: &Buffers<'_>) -> bool {
+        self.direct
+            .as_ref()
+            .is_none_or(|direct| direct.takes(offset, buffers))
+    }
+
     fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
+        if let Some(direct) = self
+            .direct
+            .as_ref()
+            .filter(|direct| !direct.takes(offset, buffers))
+        {
+            return direct.read(&self.file, offset, buffers);
+        }
         // An image that has become shorter ends early.
         transfer(offset, buffers, ErrorKind::UnexpectedEof, |pieces, count, at| {
             // SAFETY: needed to read into guest memory with no copy in between. `Buffers` holds `count` pieces of
@@ -116,6 +164,14 @@ impl Backend for Raw {
     }
 
     fn write(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
+        if let Some(direct) = self
+            .direct
+            .as_ref()
+            .filter(|direct| !direct.takes(offset, buffers))
+        {
+            return direct.write(&self.file, offset, buffers);
+        }
+        let _writer = self.direct.as_ref().map(Direct::writer);
         transfer(offset, buffers, ErrorKind::WriteZero, |pieces, count, at| {
             // SAFETY: needed to write from guest memory with no copy in between. `Buffers` holds `count` pieces of
             // mapped guest memory; the descriptor is open.
@@ -160,9 +216,9 @@ fn off_t(offset: u64) -> io::Result<libc::off_t> {
 }
 
 /// Takes back what kept the opening from waiting: io_uring answers for some file systems that it would have to wait.
-fn set_blocking(file: &File) -> io::Result<()> {
+fn set_blocking(file: &File, flags: libc::c_int) -> io::Result<()> {
     // SAFETY: needed as std has no fcntl. It takes numbers only, and the descriptor is open.
-    answer(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, 0) })
+    answer(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) })
 }
 
 /// Makes a system call that answers zero, again as long as signals interrupt it.

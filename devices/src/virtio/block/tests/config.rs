@@ -35,7 +35,7 @@ fn names_known_fields_when_one_is_unknown() {
     assert_eq!(
         error.to_string(),
         "unknown field `nope`, expected one of `drive_id`, `partuuid`, `is_root_device`, `cache_type`, \
-         `is_read_only`, `path_on_host`, `rate_limiter`, `io_engine`, `socket`, `queues`, `format`, `backing`, \
+         `is_read_only`, `path_on_host`, `rate_limiter`, `io_engine`, `socket`, `direct`, `queues`, `format`, `backing`, \
          `backing_files` at line 1 column 7"
     );
     let error = serde_json::from_str::<Patch>(r#"{"nope":1}"#).unwrap_err();

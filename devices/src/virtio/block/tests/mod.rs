@@ -1,6 +1,7 @@
 //! Tests of the drive, with a driver in plain memory and images in temporary files.
 
 mod config;
+mod direct;
 mod discard;
 mod limits;
 mod live;
@@ -67,6 +68,7 @@ fn config(image: &TempFile) -> Config {
         rate_limiter: None,
         io_engine: None,
         socket: None,
+        direct: false,
         queues: None,
         format: None,
         backing: None,
@@ -189,6 +191,21 @@ impl<'m> Guest<'m> {
         pieces.extend(data);
         pieces.push(writable(STATUS, 1));
         self.send(device, &pieces)
+    }
+
+    /// The same, waiting for what lands later; it succeeds.
+    fn request_until_done(&mut self, device: &mut Block, kind: u32, sector: u64, data: &[Piece]) {
+        self.header(HEADER, kind, sector);
+        let mut pieces = vec![readable(HEADER, 16)];
+        pieces.extend(data);
+        pieces.push(writable(STATUS, 1));
+        self.fill(STATUS, &[0xee]);
+        self.driver.offer(&pieces);
+        self.drain(device);
+        let mut io = testing::io(self.mem, &mut self.queues, &self.recorder, self.features);
+        device.quiesce(&mut io).unwrap();
+        assert!(self.driver.used().is_some());
+        assert_eq!(self.bytes(STATUS, 1), [OK]);
     }
 
     /// Sends a chain whose status byte is at [`STATUS`].
