@@ -313,6 +313,7 @@ pub fn io<'a>(
     Io {
         mem,
         queues,
+        kicks: &[],
         irq: recorder,
         watch: recorder,
         config: &recorder.space,

@@ -107,6 +107,12 @@ impl VirtioDevice for Echo {
         Ok(())
     }
 
+    fn memory_changed(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        assert_eq!(io.kicks.len(), io.queues.len());
+        self.note("memory");
+        Ok(())
+    }
+
     fn quiesce(&mut self, _: &mut Io<'_>) -> Result<(), DeviceError> {
         self.note("quiesce");
         Ok(())

@@ -127,6 +127,13 @@ impl Lane {
         }
     }
 
+    /// Tells the device that the guest's memory has gained or lost a region.
+    pub fn memory_changed(&mut self, watch: &dyn Watch) {
+        if let Err(error) = self.lend(watch, |device, io| device.memory_changed(io)) {
+            self.fail(&error);
+        }
+    }
+
     /// Changes the device; true when its configuration space is another one then.
     pub fn update(&mut self, patch: Value, watch: &dyn Watch) -> Result<bool, UpdateError> {
         self.lend(watch, |device, io| device.update(patch, io))?;
@@ -218,6 +225,7 @@ impl Lane {
         let mut io = Io {
             mem: &memory,
             queues: &mut self.queues,
+            kicks: &self.kicks,
             irq: &*self.irq,
             watch: &watch,
             config: &self.config,

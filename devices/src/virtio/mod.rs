@@ -23,9 +23,11 @@ pub mod vsock;
 
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::Value;
+use vmm_sys_util::eventfd::EventFd;
 
 pub use buffers::Buffers;
 pub use config_space::ConfigSpace;
@@ -163,6 +165,9 @@ pub struct Io<'a> {
     pub mem: &'a GuestMemory,
     /// The running queues; empty while the driver is not ready.
     pub queues: &'a mut [Queue],
+    /// What the driver's notifications of each queue signal; the loop watches them for the queues that are ready. A
+    /// device that has another listen to them may remove them from its loop.
+    pub kicks: &'a [Arc<EventFd>],
     /// The way to interrupt the driver.
     pub irq: &'a dyn Irq,
     /// The io loop.
@@ -253,6 +258,10 @@ pub trait VirtioDevice: Send {
     fn on_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError>;
     /// A watched descriptor became ready. Also called without cause after a resume.
     fn on_event(&mut self, _token: u32, _io: &mut Io<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// The guest's memory has gained or lost a region. Called for devices that run, paused or not.
+    fn memory_changed(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
     /// Finishes what is in flight, before a pause.

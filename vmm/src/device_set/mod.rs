@@ -117,6 +117,7 @@ impl DeviceSet {
             return Err(DeviceSetError::InUse(config.id().into()));
         }
         let slot = self.plug(config)?;
+        self.tell_of_memory();
         if let (Some(slot), Ok(bus)) = (slot, self.bus()) {
             bus.announce(slot);
         }
@@ -150,8 +151,11 @@ impl DeviceSet {
         }
         let gone = |device: &mut Attached| device.slot.is_some_and(|slot| ejected.contains(&slot));
         let gone = self.devices.extract_if(.., gone);
-        gone.map(|device| (device.config.kind(), device.config.id().to_owned()))
-            .collect()
+        let gone: Vec<_> = gone
+            .map(|device| (device.config.kind(), device.config.id().to_owned()))
+            .collect();
+        self.tell_of_memory();
+        gone
     }
 
     /// Takes a device away from the guest without asking, and has the guest look.
@@ -160,7 +164,15 @@ impl DeviceSet {
         let bus = self.bus()?;
         bus.take_away(slot);
         self.devices.retain(|device| !device.is(kind, id));
+        self.tell_of_memory();
         Ok(())
+    }
+
+    /// Tells the devices that one of them may have come or gone with memory of its own.
+    fn tell_of_memory(&self) {
+        self.devices
+            .iter()
+            .for_each(|device| device.lock().slot().memory_changed());
     }
 
     /// Signalled when the guest has let go of a device; none where devices cannot go.

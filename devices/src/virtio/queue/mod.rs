@@ -154,6 +154,18 @@ impl Queue {
         &self.config
     }
 
+    /// How many chains were taken and answered, modulo 2^16, when nothing is in flight.
+    pub fn position(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// Goes on where somebody else has stopped, who has answered all that it took.
+    pub fn set_position(&mut self, position: u16) {
+        self.next_avail = position;
+        self.next_used = position;
+        self.signalled = position;
+    }
+
     /// Looks the rings up and gives access to them. A queue that is not ready gives an error that names it so.
     pub fn open<'q, 'm>(&'q mut self, mem: &'m GuestMemory) -> Result<Ring<'q, 'm>, QueueError> {
         let QueueConfig {

@@ -50,6 +50,25 @@ fn gives_a_chain_again_after_unpop() {
 }
 
 #[test]
+fn goes_on_where_somebody_else_has_stopped() {
+    let mem = memory(MIB);
+    let mut driver = Driver::new(&mem, 0x1000, 8);
+    let mut queue = driver.queue(false);
+    driver.offer(&[readable(0x8000, 3)]);
+    let second = driver.offer(&[readable(0x9000, 3)]);
+    queue.set_position(1);
+    let mut chain = Chain::new();
+    let mut ring = queue.open(&mem).unwrap();
+    assert!(ring.pop(&mut chain).unwrap());
+    assert_eq!(chain.head(), second);
+    ring.push(chain.head(), 0);
+    ring.publish();
+    assert_eq!(queue.position(), 2);
+    let used: u16 = mem.read_obj(GuestAddress(driver.config().used_ring + 2)).unwrap();
+    assert_eq!(used, 2);
+}
+
+#[test]
 fn answers_become_visible_on_publish_and_wrap_around() {
     let mem = memory(MIB);
     let mut driver = Driver::new(&mem, 0x1000, 2);

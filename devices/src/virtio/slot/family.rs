@@ -104,6 +104,7 @@ impl VirtioSlot {
         let mut io = Io {
             mem: &memory,
             queues: &mut [],
+            kicks: &[],
             irq: &*self.irq,
             watch: &NoWatch,
             config: &self.config,

@@ -349,6 +349,13 @@ impl VirtioSlot {
         }
     }
 
+    /// Tells the device that the guest's memory has gained or lost a region.
+    pub fn memory_changed(&self) {
+        if let Half::Running(lanes) = &self.half {
+            self.on_lanes(lanes, |lane, watch| lane.memory_changed(watch));
+        }
+    }
+
     /// Lets the device go on. The vCPUs start after.
     pub fn resume(&self) {
         if let Half::Running(lanes) = &self.half {

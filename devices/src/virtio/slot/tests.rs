@@ -472,3 +472,18 @@ fn a_restore_has_the_queues_of_all_siblings() {
     assert_eq!(drivers.each_mut().map(|driver| driver.used()), [Some((0, 4)); 2]);
     assert_eq!(drivers.each_mut().map(|driver| driver.used()), [None; 2]);
 }
+
+#[test]
+fn a_device_that_runs_is_told_of_memory_even_while_it_is_paused() {
+    let memory = SharedMemory::new(memory(0x10000));
+    let (mut setup, journal) = start_twins(&memory);
+    taken(&journal);
+    setup.slot.memory_changed();
+    assert_eq!(taken(&journal), ["memory"]);
+    setup.slot.pause();
+    setup.slot.memory_changed();
+    assert_eq!(taken(&journal), ["quiesce", "memory"]);
+    setup.slot.set_status(0);
+    setup.slot.memory_changed();
+    assert_eq!(taken(&journal), ["reset"]);
+}
