@@ -258,3 +258,58 @@ fn a_card_without_one_end_is_refused() -> Result {
     }
     Ok(())
 }
+
+#[test]
+fn vhost_is_there_or_the_remedy_is_named() -> Result {
+    let tap = tap(10)?;
+    let monitor = MonitorBuilder::new("net-vhost")?.start()?;
+    let card = json!({"iface_id": "net0", "host_dev_name": tap.name(), "vhost": true});
+    let answer = monitor.put("/network-interfaces/net0", &card)?;
+    if Path::new("/dev/vhost-net").exists() {
+        answer.success()?;
+    } else {
+        answer.assert_refused(&[
+            "cannot use /dev/vhost-net",
+            "modprobe vhost_net",
+            "set vhost false",
+        ]);
+    }
+    Ok(())
+}
+
+#[test]
+fn vhost_goes_with_neither_limits_nor_metadata_nor_passt() -> Result {
+    let tap = tap(11)?;
+    let monitor = MonitorBuilder::new("net-vhost-not")?.start()?;
+    let plain = json!({"iface_id": "net0", "host_dev_name": tap.name()});
+    let with = |key: &str, value: Value| {
+        let mut card = plain.clone();
+        card["vhost"] = true.into();
+        card[key] = value;
+        card
+    };
+    let limit = json!({"ops": {"size": 1, "refill_time": 1000}});
+    let refused = |card: &Value, words: &str| -> Result {
+        let answer = monitor.put("/network-interfaces/net0", card)?;
+        answer.assert_refused(&[words]);
+        Ok(())
+    };
+    refused(
+        &with("tx_rate_limiter", limit),
+        "has vhost, where no rate limiter reaches",
+    )?;
+    refused(
+        &with("vhost", json!(1)),
+        "invalid type: integer `1`, expected a boolean",
+    )?;
+    let passt = json!({"iface_id": "net0", "backend": "passt", "socket": "/s", "vhost": true});
+    refused(&passt, "has vhost, which needs a tap")?;
+
+    monitor.put("/network-interfaces/net0", &plain)?.success()?;
+    let mmds = json!({"network_interfaces": ["net0"], "version": "V2"});
+    monitor.put("/mmds/config", &mmds)?.success()?;
+    refused(
+        &with("mtu", Value::Null),
+        "has vhost, so it cannot serve metadata",
+    )
+}

@@ -111,5 +111,6 @@ fn config() -> Config {
         host_fd: None,
         backend: None,
         socket: None,
+        vhost: None,
     }
 }

@@ -92,6 +92,12 @@ pub enum ConfigError {
         /// Who has it.
         id: String,
     },
+    /// The metadata service on an interface whose frames Mayfly does not see.
+    #[error(
+        "Network config error: interface '{0}' has vhost, so it cannot serve metadata: remove vhost, or the interface from \
+         mmds-config"
+    )]
+    VhostMmds(String),
     /// Two network interfaces with one inherited tap.
     #[error("Network config error: host_fd {fd} is already used by interface '{id}'")]
     DescriptorInUse {
@@ -301,6 +307,10 @@ impl VmConfig {
                 id: other.iface_id.clone(),
             });
         }
+        let serves = |mmds: &mmds::Config| mmds.network_interfaces.contains(&net.iface_id);
+        if net.has_vhost() && self.mmds_config.as_ref().is_some_and(serves) {
+            return Err(ConfigError::VhostMmds(net.iface_id));
+        }
         put_by(&mut self.network_interfaces, net, |n| &n.iface_id);
         Ok(())
     }
@@ -311,6 +321,11 @@ impl VmConfig {
         let exists = |id: &String| self.network_interfaces.iter().any(|net| net.iface_id == *id);
         if let Some(unknown) = config.network_interfaces.iter().find(|id| !exists(id)) {
             return Err(mmds::ConfigError::UnknownInterface(unknown.clone()).into());
+        }
+        let serves =
+            |net: &&net::Config| net.has_vhost() && config.network_interfaces.contains(&net.iface_id);
+        if let Some(net) = self.network_interfaces.iter().find(serves) {
+            return Err(ConfigError::VhostMmds(net.iface_id.clone()));
         }
         self.mmds_config = Some(config);
         Ok(())

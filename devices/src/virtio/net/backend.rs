@@ -10,6 +10,8 @@ use crate::virtio::Buffers;
 pub const HEADER_LEN: usize = 12;
 /// The longest frame with its header: an IP packet of 64 KiB behind an Ethernet header with a VLAN tag.
 pub const MAX_FRAME_LEN: usize = HEADER_LEN + 14 + 4 + 65536;
+/// The most frames that a tap can hold, generously.
+const MAX_STALE: usize = 4096;
 
 /// The host's end of a network interface.
 ///
@@ -56,5 +58,14 @@ pub trait Backend: AsFd + Send {
     /// Sends what it has gathered; called when no frame follows for now.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Throws away what waits, by way of `scratch`, which holds the longest frame.
+pub(super) fn discard(backend: &mut dyn Backend, scratch: &mut [u8]) {
+    for _ in 0..MAX_STALE {
+        if backend.receive(&mut Buffers::new(), scratch).is_err() {
+            break;
+        }
     }
 }

@@ -10,6 +10,7 @@ use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::vhost::Vhost;
 use super::{Backend, MacAddr, Net, OpenError, Passt, Tap};
 use crate::mmds::Mmds;
 use crate::rate_limiter::{RateLimiterConfig, serialize_effective};
@@ -76,6 +77,9 @@ pub struct Config {
     /// Where passt listens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
+    /// The host's kernel moves the frames between queues and tap.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<bool>,
 }
 
 impl Serialize for Config {
@@ -144,6 +148,20 @@ pub enum ConfigError {
         /// Which interface.
         iface_id: String,
     },
+    /// The kernel moves the frames, and knows no limits.
+    #[error(
+        "interface '{iface_id}' has vhost, where no rate limiter reaches: remove rx_rate_limiter and tx_rate_limiter, or vhost"
+    )]
+    VhostLimits {
+        /// Which interface.
+        iface_id: String,
+    },
+    /// The kernel moves frames between queues and taps only.
+    #[error("interface '{iface_id}' has vhost, which needs a tap: remove vhost, or backend passt")]
+    VhostTap {
+        /// Which interface.
+        iface_id: String,
+    },
     /// A move to a tap of what is on none.
     #[error("only an interface on a tap can move to another: this one's backend is passt")]
     NoTap,
@@ -168,8 +186,28 @@ impl Config {
                 });
             }
         }
+        if self.has_vhost() {
+            self.validate_vhost()?;
+        }
         if let Some(mtu) = self.mtu.filter(|&mtu| mtu < MIN_MTU) {
             return Err(ConfigError::Mtu { mtu });
+        }
+        Ok(())
+    }
+
+    /// Whether frames pass by the kernel, where Mayfly does not see them.
+    pub fn has_vhost(&self) -> bool {
+        self.vhost == Some(true)
+    }
+
+    fn validate_vhost(&self) -> Result<(), ConfigError> {
+        let iface_id = self.iface_id.clone();
+        if self.backend == Some(BackendKind::Passt) {
+            return Err(ConfigError::VhostTap { iface_id });
+        }
+        let limits = [&self.rx_rate_limiter, &self.tx_rate_limiter];
+        if limits.into_iter().flatten().any(RateLimiterConfig::is_effective) {
+            return Err(ConfigError::VhostLimits { iface_id });
         }
         Ok(())
     }
@@ -186,7 +224,7 @@ impl Config {
         self.link_state = patch.link_state.or(self.link_state);
         RateLimiterConfig::patch(&mut self.rx_rate_limiter, patch.rx_rate_limiter.as_ref());
         RateLimiterConfig::patch(&mut self.tx_rate_limiter, patch.tx_rate_limiter.as_ref());
-        Ok(())
+        self.validate()
     }
 
     /// Checks that it says what the host's end is.
@@ -205,6 +243,7 @@ impl Config {
     pub fn check(&self) -> Result<(), OpenError> {
         self.validate()?;
         match self.backend.unwrap_or_default() {
+            BackendKind::Tap if self.has_vhost() => Vhost::new(self, self.tap()?).map(drop),
             BackendKind::Tap => self.tap().map(drop),
             BackendKind::Passt => Ok(()),
         }
@@ -228,6 +267,7 @@ impl Config {
         }
         let mmds = mmds.filter(|mmds| mmds.is_served_by(&self.iface_id));
         match self.backend.unwrap_or_default() {
+            BackendKind::Tap if self.has_vhost() => Ok(Box::new(Vhost::new(self, self.tap()?)?)),
             BackendKind::Tap => self.device(self.tap()?, mmds),
             BackendKind::Passt => {
                 let path = self.socket.as_deref().unwrap_or(Path::new(""));

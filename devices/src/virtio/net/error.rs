@@ -64,6 +64,20 @@ pub enum OpenError {
         /// Why not.
         source: io::Error,
     },
+    /// The kernel's vhost-net cannot be used.
+    #[error(
+        "cannot use /dev/vhost-net: load it with 'modprobe vhost_net' and let this user read and write the file, or set vhost false"
+    )]
+    Vhost {
+        /// Why not.
+        source: vhost::Error,
+    },
+    /// The host has no descriptor left.
+    #[error("cannot make an event descriptor")]
+    Events {
+        /// Why not.
+        source: io::Error,
+    },
     /// The host has no timer or no random bytes for the metadata service.
     #[error("cannot set up the metadata service")]
     Mmds {

@@ -11,7 +11,7 @@ use crate::virtio::{Buffers, Io, UpdateError, Vector};
 /// `status` in the configuration space (virtio 1.2 §5.1.4): the link is up.
 const LINK_UP: u16 = 1;
 /// Where `status` is.
-const STATUS: Range<usize> = 6..8;
+pub(super) const STATUS: Range<usize> = 6..8;
 /// The shortest Ethernet frame without its checksum.
 const MIN_ETHERNET: usize = 60;
 
@@ -41,7 +41,7 @@ impl<B: Backend> Net<B> {
         let came = self.set_link(patch.link_state.unwrap_or(self.link));
         self.show_link(io);
         if self.is_up() && (moved || came) {
-            self.announce();
+            announce(&mut self.backend, self.tx.guest_mac, &self.iface_id);
         }
         Ok(())
     }
@@ -63,24 +63,17 @@ impl<B: Backend> Net<B> {
         io.irq.raise(Vector::Config);
     }
 
-    /// Opens the interface to move to, with what the driver can take set, and watches it.
+    /// Opens the interface to move to, and watches it.
     fn open_other(&self, name: &str, io: &Io<'_>) -> Result<Option<B>, UpdateError> {
-        let opened = self.backend.open_other(name);
-        let Some(mut other) = opened.map_err(|error| UpdateError::Device(error.into()))? else {
-            return Ok(None);
-        };
-        let host = |op: &'static str| {
-            move |source| UpdateError::Host {
-                op: format!("{op} the tap '{name}'"),
+        let other = open_other(&self.backend, name, self.offloads)?;
+        if let Some(other) = &other {
+            let watched = io.watch.add(other.as_fd().as_raw_fd(), BACKEND_TOKEN);
+            watched.map_err(|source| UpdateError::Host {
+                op: format!("watch the tap '{name}'"),
                 source,
-            }
-        };
-        // It has been given all of its own.
-        let set = other.set_offloads(self.offloads);
-        set.map_err(host("set the offloads of"))?;
-        let watched = io.watch.add(other.as_fd().as_raw_fd(), BACKEND_TOKEN);
-        watched.map_err(host("watch"))?;
-        Ok(Some(other))
+            })?;
+        }
+        Ok(other)
     }
 
     /// Plugs the cable in or pulls it; true when it was out before. What is on its way then is lost, as on a wire.
@@ -97,19 +90,36 @@ impl<B: Backend> Net<B> {
         }
         before == LinkState::Down && state == LinkState::Up
     }
+}
 
-    /// Tells switches where the guest is now, in its name: a reverse ARP request (RFC 903), which nobody answers. Of a
-    /// guest that has made up its own address they learn with the next frame that it sends.
-    fn announce(&mut self) {
-        let Some(mac) = self.tx.guest_mac else { return };
-        let mut frame = announcement(mac);
-        let mut buffers = Buffers::new();
-        buffers.push(&frame.as_mut_slice().into());
-        let sent = self.backend.send(&buffers);
-        if let Err(error) = sent.and_then(|_| self.backend.flush()) {
-            let id = &self.iface_id;
-            log::info!("net {id}: the network was not told where the guest is: {error}");
-        }
+/// Opens the interface called `name` in place of `backend`, with the offloads that are in use; none when this is it already.
+pub(super) fn open_other<B: Backend>(
+    backend: &B,
+    name: &str,
+    offloads: u64,
+) -> Result<Option<B>, UpdateError> {
+    let opened = backend.open_other(name);
+    let Some(mut other) = opened.map_err(|error| UpdateError::Device(error.into()))? else {
+        return Ok(None);
+    };
+    let set = other.set_offloads(offloads);
+    set.map_err(|source| UpdateError::Host {
+        op: format!("set the offloads of the tap '{name}'"),
+        source,
+    })?;
+    Ok(Some(other))
+}
+
+/// Tells switches where the guest is now, in its name: a reverse ARP request (RFC 903), which nobody answers. Of a guest
+/// that has made up its own address they learn with the next frame that it sends.
+pub(super) fn announce(backend: &mut dyn Backend, mac: Option<MacAddr>, iface_id: &str) {
+    let Some(mac) = mac else { return };
+    let mut frame = announcement(mac);
+    let mut buffers = Buffers::new();
+    buffers.push(&frame.as_mut_slice().into());
+    let sent = backend.send(&buffers);
+    if let Err(error) = sent.and_then(|_| backend.flush()) {
+        log::info!("net {iface_id}: the network was not told where the guest is: {error}");
     }
 }
 

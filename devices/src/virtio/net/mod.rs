@@ -20,6 +20,7 @@ mod tap;
 #[cfg(test)]
 mod tests;
 mod tx;
+mod vhost;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -139,19 +140,8 @@ pub struct Net<B = Tap> {
 impl<B: Backend> Net<B> {
     /// A device on `backend`; of `config` it takes address, MTU and limits.
     pub fn new(config: &Config, backend: B) -> Self {
-        let mut features = virtio::COMMON | feature::MRG_RXBUF | feature::STATUS | backend.offloads();
-        if config.guest_mac.is_some() {
-            features |= feature::MAC;
-        }
-        if config.mtu.is_some() {
-            features |= feature::MTU;
-        }
         Self {
-            info: DeviceInfo {
-                kind: DeviceKind::Net,
-                queue_sizes: vec![QUEUE_SIZE; 2],
-                features,
-            },
+            info: device_info(config, backend.offloads()),
             iface_id: config.iface_id.clone(),
             config_space: config_space(config),
             offloads: backend.offloads() & feature::GUEST_OFFLOADS,
@@ -386,6 +376,22 @@ impl<B: Backend> VirtioDevice for Net<B> {
 
 fn host(op: &'static str) -> impl Fn(io::Error) -> DeviceError {
     move |source| DeviceError::Host { op, source }
+}
+
+/// What a card of this config is that serves these offloads.
+fn device_info(config: &Config, offloads: u64) -> DeviceInfo {
+    let mut features = virtio::COMMON | feature::MRG_RXBUF | feature::STATUS | offloads;
+    if config.guest_mac.is_some() {
+        features |= feature::MAC;
+    }
+    if config.mtu.is_some() {
+        features |= feature::MTU;
+    }
+    DeviceInfo {
+        kind: DeviceKind::Net,
+        queue_sizes: vec![QUEUE_SIZE; 2],
+        features,
+    }
 }
 
 /// The configuration space (virtio 1.2 §5.1.4): address, status, no queue pairs beyond the first, MTU.

@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 
-use super::backend::{Backend, HEADER_LEN, MAX_FRAME_LEN};
+use super::backend::{self, Backend, HEADER_LEN, MAX_FRAME_LEN};
 use super::{Metrics, Progress, TURN, Wire};
 use crate::virtio::{Buffers, Chain, QueueError, Ring, Throttle};
 
@@ -19,9 +19,6 @@ const NUM_BUFFERS: usize = 10;
 const MAX_PIECES: usize = 1023;
 /// A frame of an ordinary Ethernet, with its header.
 const ORDINARY_FRAME_LEN: usize = HEADER_LEN + 1514;
-
-/// The most frames that a tap can hold, generously.
-const MAX_STALE: usize = 4096;
 
 /// The receiving half of a device.
 pub(super) struct Rx {
@@ -90,11 +87,7 @@ impl Rx {
     /// Throws away what waits in the backend: it was made for a driver that could take more, or came while the link was
     /// down.
     pub(super) fn discard(&mut self, backend: &mut dyn Backend) {
-        for _ in 0..MAX_STALE {
-            if backend.receive(&mut Buffers::new(), &mut self.spill).is_err() {
-                break;
-            }
-        }
+        backend::discard(backend, &mut self.spill);
     }
 
     /// Receives at most one turn of frames.

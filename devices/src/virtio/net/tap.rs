@@ -43,6 +43,11 @@ impl Tap {
         Self::set_up(file, &format!("of host_fd {fd}"))
     }
 
+    /// The open tap.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Sets an attached tap up; errors call it `name`.
     fn set_up(file: File, name: &str) -> Result<Self, OpenError> {
         let host = |op| {

@@ -208,3 +208,36 @@ fn an_interface_on_passt_moves_to_no_tap() {
     let patch = serde_json::from_str(r#"{"iface_id":"a","host_dev_name":"tap1"}"#).unwrap();
     assert_eq!(config.patch(patch), Err(ConfigError::NoTap));
 }
+
+#[test]
+fn vhost_is_for_taps_without_limits() {
+    let json = r#"{"iface_id":"a","host_dev_name":"tap0","guest_mac":null,"mtu":null,"rx_rate_limiter":null,"tx_rate_limiter":null,"vhost":true}"#;
+    let on_vhost = config(json);
+    assert_eq!((on_vhost.validate(), on_vhost.has_vhost()), (Ok(()), true));
+    assert_eq!(serde_json::to_string(&on_vhost).unwrap(), json);
+    let limit = r#""rx_rate_limiter":{"ops":{"size":1,"refill_time":1}}"#;
+    for (rest, words) in [
+        (r#""backend":"passt","socket":"/s""#, "needs a tap"),
+        (&format!(r#""host_fd":3,{limit}"#), "no rate limiter reaches"),
+    ] {
+        let config = config(&format!(r#"{{"iface_id":"a","vhost":true,{rest}}}"#));
+        let error = config.validate().unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    let off = config(&format!(
+        r#"{{"iface_id":"a","host_dev_name":"b","vhost":false,{limit}}}"#
+    ));
+    assert_eq!(off.validate(), Ok(()));
+}
+
+#[test]
+fn an_interface_on_vhost_takes_no_limits_later_and_their_end_is_fine() {
+    let patched = |limit: &str| {
+        let mut config = config(r#"{"iface_id":"a","host_dev_name":"tap0","vhost":true}"#);
+        let patch = format!(r#"{{"iface_id":"a","tx_rate_limiter":{limit}}}"#);
+        config.patch(serde_json::from_str(&patch).unwrap())
+    };
+    let refused = patched(r#"{"bandwidth":{"size":1,"refill_time":1}}"#);
+    assert!(matches!(refused, Err(ConfigError::VhostLimits { .. })));
+    assert_eq!(patched(r#"{"bandwidth":{"size":0,"refill_time":0}}"#), Ok(()));
+}
