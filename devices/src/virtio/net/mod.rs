@@ -152,6 +152,7 @@ impl<B: Backend> Net<B> {
             tx: Tx {
                 guest_mac: config.guest_mac,
                 throttle: Throttle::new(config.tx_rate_limiter.as_ref(), TX_LIMITER_TOKEN),
+                waits: false,
             },
             metrics: Metrics::default(),
         }
@@ -220,15 +221,16 @@ impl<B: Backend> Net<B> {
 
     /// The backend has something to tell: frames, or that it takes some again.
     fn on_backend(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let waited = !self.backend.has_room();
         if let Err(error) = self.backend.on_ready() {
             self.metrics.tap_write_fails += 1;
             log::warn!("net {}: {error}", self.iface_id);
         }
-        if waited && self.backend.has_room() {
+        self.receive(false, io)?;
+        // There is room, too, when the connection was lost just now.
+        if self.tx.waits && self.backend.has_room() {
             self.transmit(io)?;
         }
-        self.receive(false, io)
+        Ok(())
     }
 
     /// Does nothing before the driver has set the queue up, and while the link is down: frames wait in the backend. With `only_detour` those of
@@ -339,6 +341,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
     fn reset(&mut self) {
         self.rx.reset();
         self.tx.throttle.reset();
+        self.tx.waits = false;
         if let Some(detour) = &mut self.detour {
             detour.reset();
         }

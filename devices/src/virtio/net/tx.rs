@@ -15,6 +15,8 @@ pub(super) struct Tx {
     pub(super) guest_mac: Option<MacAddr>,
     /// Limits what is sent.
     pub(super) throttle: Throttle,
+    /// Frames wait in the queue until the backend has room.
+    pub(super) waits: bool,
 }
 
 impl Tx {
@@ -31,9 +33,11 @@ impl Tx {
     ) -> Result<Progress, QueueError> {
         let mut chain = Chain::new();
         ring.disable_notify();
+        self.waits = false;
         metrics.no_tx_avail_buffer += u64::from(ring.pending()? == 0);
         for _ in 0..TURN {
             if !wire.backend.has_room() {
+                self.waits = true;
                 ring.publish();
                 return Ok(Progress::Done);
             }

@@ -153,6 +153,21 @@ fn leaves_frames_in_the_queue_while_the_peer_does_not_read() {
 }
 
 #[test]
+fn frames_that_wait_for_a_peer_that_goes_are_lost_with_it() {
+    let mem = ram();
+    let mut guest = OnPasst::new(&mem);
+    for _ in 0..8 {
+        guest.send_frames(8, 40_000);
+    }
+    let taken = std::iter::from_fn(|| guest.tx.used()).count();
+    assert!(taken < 64, "{taken}");
+    guest.peer.shutdown(std::net::Shutdown::Both).unwrap();
+    guest.ready();
+    let lost = std::iter::from_fn(|| guest.tx.used()).count();
+    assert_eq!((taken + lost, guest.carrier()), (64, 0));
+}
+
+#[test]
 fn the_guest_loses_its_carrier_with_the_peer_and_gets_it_back() {
     let mem = ram();
     let mut guest = OnPasst::new(&mem);
