@@ -20,6 +20,7 @@
 mod agent;
 mod client;
 mod console;
+pub mod coverage;
 mod devices;
 mod environment;
 mod event_stream;

@@ -2,7 +2,7 @@
 //!
 //! A thread also has the filters of the thread that started it, and the strictest verdict counts. So the filter of the
 //! control thread holds those of the threads that it starts; the `api` thread is started before. See
-//! `docs/adr/0007-system-call-filters.md` for why it is done so.
+//! `docs/security.md` for what the rules are, and `docs/adr/0007-system-call-filters.md` for why it is done so.
 
 pub mod compiler;
 pub mod image;

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Traces the system calls of the monitor while tests run, and holds them against resources/seccomp/x86_64.json: fails on
+# calls that the filter of their thread lacks, and on rules that nothing used. Needs strace. Guest tests run in the lab
+# where this machine has no KVM for them; tracing makes them some times slower.
+#
+# usage: coverage.sh [--some] [TEST_PROGRAM...]
+#   TEST_PROGRAM  paths of built test programs (default: all of tests/tests)
+#   --some        not all features are tested: rules that nothing used are shown and are no failure
+# environment: MAYFLY_BIN  the binary (default: the release build)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+readonly FILTERS=resources/seccomp/x86_64.json
+traces=$PWD/build/seccomp
+binary=$(readlink -f "${MAYFLY_BIN:-target/x86_64-unknown-linux-gnu/release/mayfly}")
+
+fail() { echo "coverage: $*" >&2 && exit 1; }
+
+# run PROGRAM...: runs test programs whose monitors are traced.
+run() {
+    local program
+    for program in "$@"; do
+        MAYFLY_BIN=$traces/mayfly "$program" --test-threads 2 || echo "coverage: ${program##*/} has failed" >&2
+    done
+}
+
+main() {
+    local all=(--all-used) here=() guests=() program
+    case ${1:-} in
+        --run) run "${@:2}" && exit ;;
+        --some) all=() && shift ;;
+        -*) fail "unknown option $1" ;;
+    esac
+    command -v strace >/dev/null || fail "there is no strace: install the package strace"
+    [[ -x $binary ]] || fail "no binary $binary: run make build"
+    if (($# == 0)); then
+        mapfile -t programs < <(cargo test -p mayfly-tests --tests --no-run --locked --message-format=json-render-diagnostics |
+            sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p')
+        set -- "${programs[@]}"
+    fi
+    for program in "$@"; do
+        if [[ ${program##*/} == guest_* ]]; then guests+=("$program"); else here+=("$program"); fi
+    done
+    rm -rf "$traces" && mkdir -p "$traces/out"
+    # -D: the monitor stays the child of the test, which measures and signals it.
+    cat >"$traces/mayfly" <<END
+#!/bin/sh
+exec strace -D -f -qq -n -Y -X raw -e raw=all -e signal=none -o "$traces/out/\$\$-\$(basename "\$PWD")" "$binary" "\$@"
+END
+    chmod +x "$traces/mayfly"
+    ((${#here[@]} == 0)) || run "${here[@]}"
+    ((${#guests[@]} == 0)) ||
+        tests/lab/lab.sh --share-out "$traces/out" --timeout 0 -- tests/seccomp/coverage.sh --run "${guests[@]}"
+    cargo run -q -p mayfly-tests --bin filter_coverage --locked -- "${all[@]}" "$FILTERS" "$traces"/out/*
+}
+
+main "$@"
