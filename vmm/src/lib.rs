@@ -17,6 +17,7 @@ pub mod error;
 pub mod event_loop;
 pub mod events;
 pub mod kvm;
+pub mod landlock;
 pub mod legacy;
 pub mod logger;
 pub mod memory;

@@ -16,6 +16,7 @@ use vmm::control_loop::{self, ControlLoop, Exit, Inbox};
 use vmm::controller::{self, Controller, Instance};
 use vmm::error::chain;
 use vmm::events::{Event, EventBus};
+use vmm::landlock;
 use vmm::logger::LOGGER;
 use vmm::seccomp::{self, Filters};
 use vmm::signals::{self, Termination};
@@ -157,6 +158,9 @@ fn boot_and_run(control: &mut ControlLoop, args: &Args) -> Result<Exit, Fatal> {
         let config = config::read_config_file(path)?;
         control.controller().start_from(config)?;
         log::info!("Successfully started microvm that was configured from one single json");
+        if args.api_sock.is_none() && args.seccomp != Seccomp::Off && !landlock::restrict()? {
+            log::info!("This kernel has no Landlock: the process keeps the right to open files.");
+        }
     }
     Ok(control.run()?)
 }
