@@ -119,6 +119,7 @@ fuzz_target!(|input: (Vec<Change>, u16, Vec<Request>)| {
         io_engine: None,
         socket: None,
         direct: false,
+        direct: false,
         queues: None,
         format: Some(Format::Qcow2),
         backing: None,

@@ -383,6 +383,11 @@ impl Block {
         let mut config = self.config.clone();
         config.patch(patch);
         if swap {
+            // The new image may stand on the old one.
+            self.backend.settle().map_err(|source| UpdateError::Host {
+                op: format!("bring what drive '{}' has to its image", self.serial_text()),
+                source,
+            })?;
             let backend = backend::open(&config, self.backend.locks())
                 .map_err(|error| UpdateError::Device(error.into()))?;
             self.prepare_swap(self.queue, &*backend, io)?;

@@ -84,6 +84,11 @@ impl Lock {
             identity,
         })))
     }
+
+    /// True if one of `held` is for the same image.
+    pub(super) fn is_among(&self, held: &[Lock]) -> bool {
+        held.iter().any(|held| held.0.identity == self.0.identity)
+    }
 }
 
 impl Drop for Held {

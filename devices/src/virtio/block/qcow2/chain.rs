@@ -134,7 +134,7 @@ fn choose(above: &Path, backing: &Backing, allowed: &mut Allowed<'_>) -> Result<
     }
 }
 
-fn flawed(path: &Path, flaw: impl Into<Flaw>) -> OpenError {
+pub(super) fn flawed(path: &Path, flaw: impl Into<Flaw>) -> OpenError {
     OpenError::Qcow2(Box::new(Error {
         path: path.display().to_string(),
         flaw: flaw.into(),

@@ -29,6 +29,9 @@ pub enum Flaw {
     /// A disk of no sector.
     #[error("its disk has not one sector of 512 bytes: make it larger (qemu-img resize)")]
     Empty,
+    /// The drive works on it already, and two that change its tables would destroy it.
+    #[error("the drive has it open already, so there is nothing to change")]
+    Open,
     /// Encrypted.
     #[error(
         "it is encrypted: decrypt it (qemu-img convert -O qcow2) and keep it on an encrypted file system"

@@ -7,7 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use imago::{FormatAccess, Mapping};
 
-use super::chain::{Allowed, Opener};
+use super::chain::{Allowed, Opener, flawed};
+use super::error::Flaw;
 use super::file::fill_zeros;
 use super::store::Store;
 use crate::virtio::Buffers;
@@ -56,7 +57,11 @@ impl Qcow2 {
             held,
         };
         let file = Box::new(Raw::open(path, read_only, held)?);
-        Self::over(file, Path::new(path), opener, config.cache_type)
+        let path = Path::new(path);
+        if !read_only && file.locks().iter().any(|lock| lock.is_among(held)) {
+            return Err(flawed(path, Flaw::Open));
+        }
+        Self::over(file, path, opener, config.cache_type)
     }
 
     /// Opens the image that `file` holds. If the driver has no flushes, a crash of the host can damage it.

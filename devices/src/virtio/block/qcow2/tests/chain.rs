@@ -114,6 +114,28 @@ fn images_stand_behind_images() {
 }
 
 #[test]
+fn a_drive_moves_on_to_an_image_over_its_own_but_not_to_its_own() {
+    let folder = Folder::new();
+    folder.image("one", None);
+    folder.image("two", Some(("one", Some("qcow2"))));
+    let one = folder.allow("one").unwrap();
+    put(&one, 0, &stamped(7, 4096)).unwrap();
+    one.settle().unwrap();
+    let again = Qcow2::open(&folder.config("one"), one.locks()).err().unwrap();
+    assert!(
+        again.to_string().contains("the drive has it open already"),
+        "{again}"
+    );
+    let config = Config {
+        backing: Some(BackingRule::Allow),
+        ..folder.config("two")
+    };
+    let two = Qcow2::open(&config, one.locks()).unwrap();
+    drop(one);
+    assert_eq!(get(&two, 0, 4096).unwrap(), stamped(7, 4096));
+}
+
+#[test]
 fn opens_no_more_and_no_less_than_the_user_named() {
     let folder = Folder::new();
     folder.image("plain", None);
