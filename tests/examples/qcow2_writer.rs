@@ -3,8 +3,8 @@
 //!
 //! usage: qcow2_writer IMAGE CACHE_TYPE SEED
 //!
-//! Each request prints two lines: `begin STAMP SECTOR COUNT` before it, and `done STAMP` after its answer; a flush has
-//! the count 0. A sector that was written says its stamp, over and over.
+//! Each request prints two lines: `begin STAMP SECTOR COUNT` before it, and `done STAMP` after its answer; a flush, which
+//! there is only with Writeback, has the count 0. A sector that was written says its stamp, over and over.
 
 use std::io::{self, Write};
 
@@ -76,12 +76,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let sectors = u64::from_le_bytes(guest.device.config_space()[..8].try_into()?);
     let (mut random, mut out) = (seed.parse::<u64>()? | 1, io::stdout().lock());
-    let first = random << 32;
+    let (first, flushes) = (random << 32, cache_type == "Writeback");
     for stamp in first.. {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        let count = if random.is_multiple_of(8) {
+        let count = if flushes && random.is_multiple_of(8) {
             0
         } else {
             1 + random / 8 % MOST

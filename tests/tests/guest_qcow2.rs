@@ -57,10 +57,13 @@ fn guests_boot_from_clones_of_one_root_disk() -> Result {
         vm.guest().check(&format!("echo I am {name} > /name && sync"))?;
         machines.push((vm, clone, name));
     }
-    for (vm, clone, name) in machines {
+    // A machine that is gone from one moment to the next leaves a file system that its journal repairs.
+    for (vm, _, name) in &machines {
         assert_eq!(vm.guest().check("cat /name")?, format!("I am {name}"));
-        // A machine that is gone from one moment to the next leaves a file system that its journal repairs.
         vm.signal(libc::SIGKILL)?;
+        vm.wait_exit()?;
+    }
+    for (vm, clone, name) in machines {
         drop(vm);
         check_qcow2(&clone)?;
         let content = read_qcow2(&clone)?;
@@ -77,17 +80,18 @@ fn guests_boot_from_clones_of_one_root_disk() -> Result {
 /// Makes a file system on a disk that comes and goes.
 fn assert_a_disk_comes_and_goes(vm: &Vm, scratch: &Scratch) -> Result {
     let image = scratch.join("hot.qcow2");
-    create_qcow2(&image, None, "64M")?;
+    create_qcow2(&image, None, "32M")?;
     let config = json!({"drive_id": "hot", "path_on_host": image, "is_root_device": false, "cache_type": "Writeback",
         "format": "qcow2"});
     vm.put("/drives/hot", &config)?.success()?;
     let name = disk(vm, "hot")?;
     let guest = vm.guest();
     guest.check(&format!(
-        "mkdir -p /hot && mke2fs /dev/{name} && mount -t ext4 /dev/{name} /hot && \
-         dd if=/dev/vda of=/hot/copy bs=64k && sync && echo 3 > /proc/sys/vm/drop_caches && \
-         cmp /hot/copy /dev/vda && rm /hot/copy && cp /dev/vdb /hot/other && cmp /hot/other /dev/vdb && umount /hot"
+        "mkdir -p /hot && mke2fs /dev/{name} && mount -t ext4 /dev/{name} /hot"
     ))?;
+    guest.check("cp /dev/vda /hot/copy && sync && echo 3 > /proc/sys/vm/drop_caches")?;
+    guest.check("cmp /hot/copy /dev/vda")?;
+    guest.check("rm /hot/copy && echo kept > /hot/kept && umount /hot")?;
     vm.request("DELETE", "/drives/hot", r#"{"timeout_ms": 20000}"#)?
         .success()?;
     check_qcow2(&image)?;
@@ -97,8 +101,8 @@ fn assert_a_disk_comes_and_goes(vm: &Vm, scratch: &Scratch) -> Result {
 #[test]
 fn a_guest_reads_and_writes_images_of_all_kinds() -> Result {
     let scratch = Scratch::new("kinds")?;
-    let content = pattern(8 * MIB);
-    let zeros = vec![b'z'; 8 * MIB];
+    let content = pattern(2 * MIB);
+    let zeros = vec![b'z'; 2 * MIB];
     let raw = scratch.file("raw", [&content[..], &zeros[..]].concat())?;
     let (packed, kept) = (scratch.join("packed.qcow2"), scratch.join("kept.qcow2"));
     qemu_img(["convert", "-c", "-O", "qcow2", path(&raw), path(&packed)])?;
@@ -111,7 +115,7 @@ fn a_guest_reads_and_writes_images_of_all_kinds() -> Result {
     vm.guest().check("cmp /dev/vda /dev/vdb")?;
     // Single sectors in clusters that are compressed, or that a snapshot has too.
     vm.guest().check(
-        "for disk in vda vdb; do for at in 3 700 20000 32000; do \
+        "for disk in vda vdb; do for at in 3 700 5000 8000; do \
          echo written at $at | dd of=/dev/$disk bs=512 seek=$at conv=sync,notrunc; done; done; sync; \
          echo 3 > /proc/sys/vm/drop_caches; cmp /dev/vda /dev/vdb",
     )?;
@@ -119,7 +123,7 @@ fn a_guest_reads_and_writes_images_of_all_kinds() -> Result {
     vm.pause()?;
     drop(vm);
     let mut expected = fs::read(&raw)?;
-    for at in [3, 700, 20000, 32000] {
+    for at in [3, 700, 5000, 8000] {
         let mut sector = format!("written at {at}\n").into_bytes();
         sector.resize(512, 0);
         expected[at * 512..(at + 1) * 512].copy_from_slice(&sector);
@@ -147,10 +151,14 @@ fn an_image_is_whole_when_a_busy_machine_is_killed() -> Result {
         let drive = cow("busy", &image).with("cache_type", cache_type);
         let vm = TestVm::new("killed").drive(drive).boot()?;
         // The first megabyte is on the disk before the rest is in danger.
-        vm.guest().check(&format!(
-            "yes safe{round} | dd of=/dev/vda bs=64k count=16 iflag=fullblock conv=fsync,notrunc; \
-             (while :; do dd if=/dev/urandom of=/dev/vda bs=64k seek=16 conv=notrunc; done) >/dev/null 2>&1 & sleep 2"
+        let guest = vm.guest();
+        guest.check(&format!(
+            "yes safe{round} | head -c 1048576 > /safe; dd if=/safe of=/dev/vda bs=64k conv=fsync,notrunc"
         ))?;
+        guest.check(
+            "(while :; do dd if=/dev/zero of=/dev/vda bs=4k seek=300 count=4000 conv=notrunc; done) \
+             </dev/null >/dev/null 2>&1 & sleep 1",
+        )?;
         vm.signal(libc::SIGKILL)?;
         drop(vm);
         check_qcow2(&image)?;

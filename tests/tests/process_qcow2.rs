@@ -179,6 +179,20 @@ fn a_drive_moves_to_another_image_of_its_format() -> Result {
     patch(json!({"drive_id": "cow", "path_on_host": clone, "backing_files": [base]}))?.success()?;
     assert_eq!(drives(&vm)?[0]["path_on_host"], json!(clone));
     assert_eq!(drives(&vm)?[0]["backing_files"], json!([base]));
+    // A new image may stand on the present one, which is then only read.
+    let next = scratch.join("next.qcow2");
+    let words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    let paths = [&clone, &next].map(|path| path.to_str().unwrap_or_default());
+    vm.pause()?;
+    qemu_img(words.into_iter().chain(paths))?;
+    patch(json!({"drive_id": "cow", "path_on_host": next, "backing_files": [clone, base]}))?.success()?;
+    vm.resume()?;
+    let again = patch(json!({"drive_id": "cow", "path_on_host": next}))?;
+    assert!(
+        again.body.contains("the drive has it open already"),
+        "{}",
+        again.body
+    );
     // The old image is free again.
     check_qcow2(&plain)?;
     patch(json!({"drive_id": "cow", "path_on_host": plain, "backing_files": []}))?.success()?;
