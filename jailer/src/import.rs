@@ -110,12 +110,44 @@ impl Imports {
                 imports.take(&[section, &index.to_string(), key], kind)?;
             }
         }
+        imports.take_backing_files()?;
+        imports.refuse_descriptors()?;
         Ok(imports)
     }
 
     /// True if a network card of the config is a tap of the host.
     pub fn has_taps(&self) -> bool {
         self.taps
+    }
+
+    /// Takes what images stand on.
+    fn take_backing_files(&mut self) -> std::result::Result<(), String> {
+        let count = |drive: &Value| drive["backing_files"].as_array().map_or(0, Vec::len);
+        let counts: Vec<_> = self.config["drives"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(count)
+            .collect();
+        for (drive, files) in counts.into_iter().enumerate() {
+            for file in 0..files {
+                let (drive, file) = (drive.to_string(), file.to_string());
+                self.take(&["drives", &drive, "backing_files", &file], Kind::ReadOnly)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A jail inherits no descriptor that a network card could use.
+    fn refuse_descriptors(&self) -> std::result::Result<(), String> {
+        let nets = self.config["network-interfaces"].as_array();
+        match nets.is_some_and(|nets| nets.iter().any(|net| !net["host_fd"].is_null())) {
+            true => Err(
+                "a jail inherits no descriptors: use 'host_dev_name' or 'socket' in place of 'host_fd'"
+                    .into(),
+            ),
+            false => Ok(()),
+        }
     }
 
     /// Replaces the path at a place of the config, if there is one.
@@ -169,7 +201,8 @@ mod tests {
             "drives": [
                 {"drive_id": "a", "path_on_host": "/a", "is_read_only": true},
                 {"drive_id": "b", "path_on_host": "/b", "is_read_only": false},
-                {"drive_id": "c", "socket": "/c"}
+                {"drive_id": "c", "socket": "/c"},
+                {"drive_id": "d", "path_on_host": "/d", "backing_files": ["/e", "/f"]}
             ],
             "pmem": [{"id": "p", "path_on_host": "/p"}],
             "logger": {"log_path": "/l"},
@@ -190,8 +223,11 @@ mod tests {
                 ("cpu-config", "/t", Kind::ReadOnly),
                 ("drives-0-path_on_host", "/a", Kind::ReadOnly),
                 ("drives-1-path_on_host", "/b", Kind::ReadWrite),
+                ("drives-3-path_on_host", "/d", Kind::ReadWrite),
                 ("drives-2-socket", "/c", Kind::ReadWrite),
                 ("pmem-0-path_on_host", "/p", Kind::ReadWrite),
+                ("drives-3-backing_files-0", "/e", Kind::ReadOnly),
+                ("drives-3-backing_files-1", "/f", Kind::ReadOnly),
             ]
         );
         let config = &imports.config;
@@ -234,6 +270,8 @@ mod tests {
         );
         assert!(kernel(json!("")).is_err());
         assert!(Imports::new(json!({"vsock": {"uds_path": "/"}})).is_err());
+        let inherited = Imports::new(json!({"network-interfaces": [{"iface_id": "a", "host_fd": 5}]}));
+        assert!(inherited.unwrap_err().contains("host_fd"));
     }
 
     #[test]

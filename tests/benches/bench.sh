@@ -82,7 +82,7 @@ run_counted() {
 # run_case CASE: prints lines "NAME VALUE".
 run_case() {
     case $1 in
-        startup) "$startup" "$MAYFLY" ;;
+        startup) "$startup" "$MAYFLY" "$MAYFLY-jailer" ;;
         api) "$api" "$MAYFLY" ;;
         disk) "$disk" ;;
         *) if [[ $counted ]]; then run_counted "$1"; else "$host" "$1" "$MAYFLY" "$IMAGES/vmlinux" "$work/guest.cpio"; fi ;;
@@ -105,7 +105,8 @@ describe() {
         rx_ms) echo "TCP, host to guest, 40 MiB, ms" ;;
         round_trip_us) echo "TCP, 1 byte there and back, us" ;;
         startup_cpu_us) echo "process start to API socket, CPU time, us" ;;
-        startup_cpu_us_quartiles) echo "the quartiles of 200 starts, us" ;;
+        jailed_startup_cpu_us) echo "jailer start to API socket in the jail, CPU time of both, us" ;;
+        startup_cpu_us_quartiles | jailed_startup_cpu_us_quartiles) echo "the quartiles of 200 starts, us" ;;
         get_instance_us) echo "GET /, CPU time of the monitor, us" ;;
         get_vm_config_us) echo "GET /vm/config, CPU time of the monitor, us" ;;
         put_drive_us) echo "PUT /drives/{id}, CPU time of the monitor, us" ;;

@@ -1,10 +1,12 @@
 //! How much CPU time `mayfly` takes from its start until its API socket answers: the median of many starts, of all its
-//! threads, in user and kernel mode. It needs no KVM and runs at the machine's own speed.
+//! threads, in user and kernel mode. It needs no KVM and runs at the machine's own speed. With a jailer, also that of a start
+//! in a jail, by root: the time of the jailer and of the process that it makes.
 //!
-//! usage: startup MAYFLY; prints `startup_cpu_us VALUE` and the quartiles.
+//! usage: startup MAYFLY [JAILER]; prints `startup_cpu_us VALUE` and the quartiles, and the same for `jailed_startup_cpu_us`.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,18 +16,29 @@ use mayfly_tests::{Failure, Result, Scratch};
 const STARTS: usize = 200;
 
 fn main() -> Result {
-    let Some(mayfly) = std::env::args().skip(1).find(|word| !word.starts_with("--")) else {
-        println!("usage: startup MAYFLY; `make bench` calls it");
-        return Ok(());
-    };
-    let mut times = (0..STARTS).map(|_| start(&mayfly)).collect::<Result<Vec<_>>>()?;
+    let words: Vec<_> = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with("--"))
+        .collect();
+    match words.as_slice() {
+        [mayfly] => report("startup_cpu_us", || start(mayfly)),
+        [mayfly, jailer] => {
+            report("startup_cpu_us", || start(mayfly))?;
+            report("jailed_startup_cpu_us", || start_in_jail(mayfly, jailer))
+        }
+        _ => {
+            println!("usage: startup MAYFLY [JAILER]; `make bench` calls it");
+            Ok(())
+        }
+    }
+}
+
+/// Prints the median and the quartiles of many starts.
+fn report(name: &str, start: impl Fn() -> Result<u64>) -> Result {
+    let mut times = (0..STARTS).map(|_| start()).collect::<Result<Vec<_>>>()?;
     times.sort_unstable();
-    println!("startup_cpu_us {}", times[STARTS / 2]);
-    println!(
-        "startup_cpu_us_quartiles {}-{}",
-        times[STARTS / 4],
-        times[STARTS * 3 / 4]
-    );
+    println!("{name} {}", times[STARTS / 2]);
+    println!("{name}_quartiles {}-{}", times[STARTS / 4], times[STARTS * 3 / 4]);
     Ok(())
 }
 
@@ -33,23 +46,49 @@ fn main() -> Result {
 fn start(mayfly: &str) -> Result<u64> {
     let scratch = Scratch::new("startup")?;
     let socket = scratch.join("api.sock");
-    let mut monitor = Command::new(mayfly)
-        .arg("--api-sock")
-        .arg(&socket)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()?;
+    let mut command = Command::new(mayfly);
+    command.arg("--api-sock").arg(&socket);
+    timed(&mut command, &socket, cpu_time_us)
+}
+
+/// CPU time of one start in a new jail, in microseconds.
+fn start_in_jail(mayfly: &str, jailer: &str) -> Result<u64> {
+    let scratch = Scratch::new("startup")?;
+    let name = Path::new(mayfly).file_name().unwrap_or_default();
+    let root = scratch.join("jails").join(name).join("bench/root");
+    let mut command = Command::new(jailer);
+    command.args([
+        "--id",
+        "bench",
+        "--uid",
+        "54321",
+        "--gid",
+        "54321",
+        "--exec-file",
+        mayfly,
+    ]);
+    command.arg("--chroot-base-dir").arg(scratch.join("jails"));
+    command.args(["--", "--api-sock", "/run/api.sock"]);
+    timed(&mut command, &root.join("run/api.sock"), |jailer| {
+        let monitor = fs::read_to_string(root.join("mayfly.pid"))?.parse()?;
+        Ok(cpu_time_us(jailer)? + cpu_time_us(monitor)?)
+    })
+}
+
+/// Starts a process, asks for its time when its socket is there, and kills it.
+fn timed(command: &mut Command, socket: &Path, time: impl Fn(u32) -> Result<u64>) -> Result<u64> {
+    let mut process = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
     let deadline = Instant::now() + Duration::from_secs(10);
-    while UnixStream::connect(&socket).is_err() {
+    while UnixStream::connect(socket).is_err() {
         if Instant::now() > deadline {
-            monitor.kill()?;
+            process.kill()?;
             return Err(Failure::new("the API socket did not appear in 10 s"));
         }
         thread::sleep(Duration::from_micros(200));
     }
-    let time = cpu_time_us(monitor.id());
-    monitor.kill()?;
-    monitor.wait()?;
+    let time = time(process.id());
+    process.kill()?;
+    process.wait()?;
     time
 }
 

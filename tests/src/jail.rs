@@ -68,6 +68,11 @@ impl Jail {
         Ok(chown(path, Some(JAIL_USER), Some(JAIL_USER))?)
     }
 
+    /// Copies a file to where the user of the VM can read it.
+    pub fn copy(&self, file: &Path) -> Result<PathBuf> {
+        copied(file, &self.scratch)
+    }
+
     /// The folder with all jails.
     pub fn base(&self) -> PathBuf {
         self.scratch.join("jails")
@@ -158,10 +163,10 @@ impl Jail {
     }
 }
 
-/// Copies a program to where everybody can execute it.
-fn copied(program: &Path, folder: &Path) -> Result<PathBuf> {
-    let copy = folder.join(program.file_name().unwrap_or_default());
-    fs::copy(program, &copy)?;
+/// Copies a file to where everybody can use it.
+fn copied(file: &Path, folder: &Path) -> Result<PathBuf> {
+    let copy = folder.join(file.file_name().unwrap_or_default());
+    fs::copy(file, &copy)?;
     Ok(copy)
 }
 

@@ -42,6 +42,16 @@ impl Tap {
         Ok(tap)
     }
 
+    /// Lets a user without rights attach to it.
+    pub fn give_to(&self, user: u32) -> Result {
+        let tun = attach(&self.name)?;
+        // SAFETY: needed because the standard library knows no taps. This request takes a plain number.
+        match unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETOWNER, libc::c_ulong::from(user)) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error().into()),
+        }
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

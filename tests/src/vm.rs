@@ -3,14 +3,18 @@
 use std::fs::File;
 use std::ops::Deref;
 use std::os::fd::RawFd;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value, json};
 
 use crate::environment::{count_guest, require_fast_kvm, require_kvm};
 use crate::guest::{Dialogue, Guest};
-use crate::{Drive, GuestImage, Monitor, MonitorBuilder, Net, Pmem, Result};
+use crate::jail::Jail;
+use crate::monitor::{LOG, SOCKET};
+use crate::{Drive, GuestImage, Monitor, MonitorBuilder, Net, Pmem, Result, Scratch};
 
 /// Arguments for the guest images: a quiet console with the agent on it, and resets that end the machine.
 const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet mayfly.agent";
@@ -199,6 +203,38 @@ impl TestVm {
         let vm = self.start()?;
         vm.guest().wait_ready()?;
         count_guest(&name)?;
+        Ok(vm)
+    }
+
+    /// Starts the machine in a jail by one command with these options of the jailer, and waits until its Linux runs
+    /// commands.
+    pub fn boot_in(mut self, jail: &Jail, options: &[&str]) -> Result<Vm> {
+        require_fast_kvm()?;
+        if self.kernel.is_none() {
+            self.kernel = Some(jail.copy(&GuestImage::Vmlinux.path()?)?);
+            self.initrd = Some(jail.copy(&GuestImage::Initramfs.path()?)?);
+        }
+        let scratch = Scratch::new(&self.name)?;
+        let log = jail.dir().join(LOG);
+        std::fs::write(&log, "")?;
+        jail.give(&log)?;
+        // Where a monitor without a jail has them.
+        symlink(&log, scratch.join(LOG))?;
+        symlink(jail.socket(), scratch.join(SOCKET))?;
+        let vm = self.section("logger", json!({"log_path": log}));
+        std::fs::write(jail.dir().join("vm.json"), vm.config()?.to_string())?;
+        let mut command = jail.command(&["--config-file", "vm.json", "--import"]);
+        command
+            .args(options)
+            .args(["--", "--api-sock", "/run/api.sock"])
+            .args(&vm.args);
+        let vm_name = vm.name;
+        let vm = Vm {
+            monitor: Monitor::new(scratch, command.stdin(Stdio::piped()).spawn()?),
+            dialogue: Mutex::default(),
+        };
+        vm.guest().wait_ready()?;
+        count_guest(&vm_name)?;
         Ok(vm)
     }
 
