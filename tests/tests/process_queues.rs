@@ -29,6 +29,8 @@ fn a_machine_has_the_io_threads_that_its_config_says() -> Result {
         .entropy();
     let one = started(vm.clone(), &scratch)?;
     assert_eq!(io_threads(&one)?, ["io 0"]);
+    // It has the image.
+    drop(one);
     let three = started(vm.machine("io_threads", json!(3)).config_file(), &scratch)?;
     assert_eq!(io_threads(&three)?, ["io 0", "io 1", "io 2"]);
     three.pause()?;
