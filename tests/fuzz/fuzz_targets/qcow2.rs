@@ -73,7 +73,7 @@ fn image() -> Vec<u8> {
 }
 
 fn request(machine: &mut Machine<'_>, request: &Request) {
-    let kind = [0, 1, 4, 11, 13][usize::from(request.kind % 5)];
+    let kind = [0u32, 1, 4, 11, 13][usize::from(request.kind % 5)];
     let (sector, sectors) = (u64::from(request.sector), u32::from(request.sectors % 32));
     machine.write(HEADERS, &u64::from(kind).to_le_bytes());
     machine.write(HEADERS + 8, &sector.to_le_bytes());
@@ -118,7 +118,6 @@ fuzz_target!(|input: (Vec<Change>, u16, Vec<Request>)| {
         rate_limiter: None,
         io_engine: None,
         socket: None,
-        direct: false,
         direct: false,
         queues: None,
         format: Some(Format::Qcow2),
