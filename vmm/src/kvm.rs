@@ -149,6 +149,7 @@ pub struct Vm {
     fd: VmFd,
     routes: Mutex<Routes>,
     slots: Mutex<SlotNumbers>,
+    slot_limit: u32,
     track_dirty_pages: bool,
 }
 
@@ -191,6 +192,8 @@ impl Vm {
         };
         fd.create_pit2(pit).map_err(failed("create the timer"))?;
         let vm = Self {
+            // Asked now: io threads, which add memory too, may not ask.
+            slot_limit: u32::try_from(fd.check_extension_int(Cap::NrMemslots)).unwrap_or(0),
             fd,
             routes: Mutex::default(),
             slots: Mutex::default(),
@@ -216,7 +219,7 @@ impl Vm {
 
     /// How many memory slots there can be, those of RAM included.
     pub fn memory_slot_limit(&self) -> u32 {
-        u32::try_from(self.fd.check_extension_int(Cap::NrMemslots)).unwrap_or(0)
+        self.slot_limit
     }
 
     /// Makes a memory slot of `region` and gives its number.
@@ -226,7 +229,7 @@ impl Vm {
             (false, true) => KVM_MEM_LOG_DIRTY_PAGES,
             (false, false) => 0,
         };
-        let limit = self.memory_slot_limit();
+        let limit = self.slot_limit;
         let slot = self
             .lock_slots()
             .take(limit)
