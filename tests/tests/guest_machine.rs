@@ -151,7 +151,7 @@ fn eight_processors_are_online_and_work() -> Result {
     assert_processors(&vm.guest(), 8)
 }
 
-/// As many as there can be. In the emulated host twelve: there kernels with 32 vCPUs reset by triple faults at changing
+/// As many as there can be. In the emulated host eight: there kernels with more vCPUs reset by triple faults at changing
 /// places of their boot, and the host itself stops.
 #[test]
 fn many_processors_are_online_and_the_last_one_works() -> Result {
