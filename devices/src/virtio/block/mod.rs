@@ -1,7 +1,7 @@
 //! The virtio block device (virtio 1.2 §5.2).
 //!
 //! [`Config`] is what the user asks for and [`Patch`] how a live drive changes; [`Block`] is the device. A request is
-//! taken apart and checked by `request` with no I/O, then carried out on a [`Backend`], of which `raw` is the one for raw
+//! taken apart and checked by `request` with no I/O, then carried out on a `Backend`, of which `raw` is the one for raw
 //! images and `qcow2` the one for copy-on-write images. To add a backend, implement the trait and let `backend::open`
 //! choose it.
 //!

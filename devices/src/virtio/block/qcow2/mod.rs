@@ -1,4 +1,4 @@
-//! Copy-on-write images: [`Qcow2`] is a [`Backend`] over an image of QEMU's format and the files behind it.
+//! Copy-on-write images: `Qcow2` is a `Backend` over an image of QEMU's format and the files behind it.
 //!
 //! The crate `imago` knows where the clusters of an image are and allocates new ones. All else is here: `header` refuses
 //! images that are not safe to use, `chain` opens the files, and the data go straight between the guest's pages and
