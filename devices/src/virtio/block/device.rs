@@ -63,7 +63,7 @@ pub struct Block {
     config: Config,
     pub(super) backend: Arc<dyn Backend>,
     /// The queue that it serves.
-    queue: u16,
+    pub(super) queue: u16,
     /// Where the first part leaves its config and backend for the others.
     shared: Arc<Mutex<(Config, Arc<dyn Backend>)>>,
     /// The other parts, until they are split off.
@@ -390,7 +390,7 @@ impl Block {
             })?;
             let backend = backend::open(&config, self.backend.locks())
                 .map_err(|error| UpdateError::Device(error.into()))?;
-            self.prepare_swap(self.queue, &*backend, io)?;
+            self.prepare_swap(&*backend, io)?;
             self.config_space = config_space(&*backend, &config);
             self.backend = backend.into();
         }
@@ -459,7 +459,7 @@ impl VirtioDevice for Block {
     }
 
     fn quiesce(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        self.land_all(self.queue, io)?;
+        self.land_all(io)?;
         let op = "write the tables of the image";
         self.backend
             .settle()

@@ -144,19 +144,19 @@ impl Block {
     }
 
     /// Waits until nothing is in flight, and answers it.
-    pub(super) fn land_all(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
+    pub(super) fn land_all(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let Some(mut engine) = self.engine.take_if(|engine| !engine.is_empty()) else {
             return Ok(());
         };
-        let result = self.land_in(&mut engine, queue, io);
+        let result = self.land_in(&mut engine, io);
         // Nothing is left but after an error.
         engine.drain();
         self.engine = Some(engine);
         result
     }
 
-    fn land_in(&mut self, engine: &mut Uring, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let Some(running) = io.queues.get_mut(usize::from(queue)) else {
+    fn land_in(&mut self, engine: &mut Uring, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let Some(running) = io.queues.get_mut(usize::from(self.queue)) else {
             return Ok(());
         };
         let mut ring = running.open(io.mem)?;
@@ -166,19 +166,14 @@ impl Block {
         }
         ring.publish();
         if ring.needs_interrupt() {
-            io.irq.raise(Vector::Queue(queue));
+            io.irq.raise(Vector::Queue(self.queue));
         }
         Ok(())
     }
 
     /// Makes the engine ready for another backend, with nothing on its way to the old one.
-    pub(super) fn prepare_swap(
-        &mut self,
-        queue: u16,
-        backend: &dyn Backend,
-        io: &mut Io<'_>,
-    ) -> Result<(), UpdateError> {
-        self.land_all(queue, io)
+    pub(super) fn prepare_swap(&mut self, backend: &dyn Backend, io: &mut Io<'_>) -> Result<(), UpdateError> {
+        self.land_all(io)
             .map_err(|error| UpdateError::Device(error.into()))?;
         match (&mut self.engine, backend.file()) {
             (Some(engine), Some(file)) => engine.set_image(file).map_err(|source| UpdateError::Host {

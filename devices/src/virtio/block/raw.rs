@@ -104,6 +104,13 @@ impl Raw {
         self.file.as_raw_fd()
     }
 
+    /// The way for a request that is not aligned as the kernel wants it past the page cache.
+    fn detour(&self, offset: u64, buffers: &Buffers<'_>) -> Option<&Direct> {
+        self.direct
+            .as_ref()
+            .filter(|direct| !direct.takes(offset, buffers))
+    }
+
     fn fallocate(&self, mode: libc::c_int, range: &Range<u64>) -> io::Result<()> {
         if range.is_empty() {
             return Ok(());
@@ -142,17 +149,11 @@ impl Backend for Raw {
     }
 
     fn takes(&self, offset: u64, buffers: &Buffers<'_>) -> bool {
-        self.direct
-            .as_ref()
-            .is_none_or(|direct| direct.takes(offset, buffers))
+        self.detour(offset, buffers).is_none()
     }
 
     fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
-        if let Some(direct) = self
-            .direct
-            .as_ref()
-            .filter(|direct| !direct.takes(offset, buffers))
-        {
+        if let Some(direct) = self.detour(offset, buffers) {
             return direct.read(&self.file, offset, buffers);
         }
         // An image that has become shorter ends early.
@@ -164,11 +165,7 @@ impl Backend for Raw {
     }
 
     fn write(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
-        if let Some(direct) = self
-            .direct
-            .as_ref()
-            .filter(|direct| !direct.takes(offset, buffers))
-        {
+        if let Some(direct) = self.detour(offset, buffers) {
             return direct.write(&self.file, offset, buffers);
         }
         let _writer = self.direct.as_ref().map(Direct::writer);
