@@ -78,10 +78,20 @@ impl HostFile {
         self.write(offset, &mut buffers)
     }
 
-    /// Makes a range read as zeros.
+    /// Makes a range read as zeros. The file then reaches to its end: no table may lead behind that.
     pub(super) fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
-        self.end(range.start, range.end.saturating_sub(range.start))?;
-        self.backend.write_zeroes(range, true)
+        let end = self.end(range.start, range.end.saturating_sub(range.start))?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let old = range.start..end.min(self.len());
+        if !old.is_empty() {
+            self.backend.write_zeroes(old, true)?;
+        }
+        if end > self.len() {
+            self.write_bytes(end - 1, &mut [0])?;
+        }
+        Ok(())
     }
 
     /// Makes all writes durable.

@@ -25,6 +25,16 @@ fn keeps_what_is_written_across_a_close() {
 }
 
 #[test]
+fn zeros_in_a_new_cluster_at_the_end_make_the_file_longer() {
+    let platter = Platter::new(Builder::default().build());
+    let image = open(&platter).unwrap();
+    image.write_zeroes(512..1024, false).unwrap();
+    image.sync().unwrap();
+    assert_eq!(Report::of(&platter.bytes()), Report::default());
+    assert_eq!(get(&image, 0, 4096).unwrap(), vec![0; 4096]);
+}
+
+#[test]
 fn writes_no_table_before_a_flush_and_all_with_it() {
     let platter = Platter::new(Builder::default().build());
     let image = open(&platter).unwrap();
@@ -107,7 +117,7 @@ fn random_requests_do_what_they_do_on_a_plain_disk() {
         };
         let platter = Platter::new(builder.build());
         let mut image = open(&platter).unwrap();
-        let mut random = Random(u64::from(cluster_bits) * 8 + 1);
+        let mut random = Random::new(u64::from(cluster_bits) * 8 + 1);
         let mut disk = vec![0; 3 << 20];
         for stamp in 1..400 {
             let start = random.index(6000);
