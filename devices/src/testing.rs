@@ -5,7 +5,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test helper fails the test")]
 
+mod block;
 mod ledger;
+mod random;
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
@@ -13,17 +15,30 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
+pub use block::{BlockDriver, BlockRequest};
 pub use ledger::{Account, LEDGER_START, Ledger};
+pub use random::Random;
 
 use crate::GuestMemory;
 use crate::timer::Clock;
-use crate::virtio::{ConfigSpace, Io, Irq, Job, Lane, LaneHost, LaneId, Queue, QueueConfig, Vector, Watch};
+use crate::virtio::{
+    Buffers, ConfigSpace, Io, Irq, Job, Lane, LaneHost, LaneId, Queue, QueueConfig, Vector, Watch,
+};
 
 /// Plain guest memory of `len` bytes from address zero.
 pub fn memory(len: usize) -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(0), len)]).unwrap()
+}
+
+/// Buffers of these pieces.
+pub fn buffers<'m>(pieces: &'m mut [&mut [u8]]) -> Buffers<'m> {
+    let mut buffers = Buffers::new();
+    for piece in pieces {
+        buffers.push(&VolatileSlice::from(&mut **piece));
+    }
+    buffers
 }
 
 /// Counts interrupts, keeps watched descriptors, and tells a time that stands still by itself.

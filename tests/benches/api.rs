@@ -3,12 +3,11 @@
 //!
 //! usage: api MAYFLY; prints a line `NAME VALUE` per kind of request, in microseconds.
 
-use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use mayfly_tests::{Client, Failure, Result, Scratch};
+use mayfly_tests::{Client, Result, Scratch, cpu_time};
 
 /// Requests of a kind, in rounds; the median round counts.
 const ROUNDS: usize = 21;
@@ -49,11 +48,11 @@ fn measure(socket: &Path, disk: &Path, pid: u32) -> Result<Vec<(&'static str, f6
     ];
     let time = |(name, method, path, body)| {
         let round = |_| -> Result<f64> {
-            let before = cpu_time_ns(pid)?;
+            let before = cpu_time(pid)?;
             for _ in 0..REQUESTS {
                 client.request(method, path, body)?.success()?;
             }
-            Ok((cpu_time_ns(pid)? - before) as f64 / 1e3 / f64::from(REQUESTS))
+            Ok((cpu_time(pid)? - before).as_secs_f64() * 1e6 / f64::from(REQUESTS))
         };
         let mut times = (0..ROUNDS).map(round).collect::<Result<Vec<_>>>()?;
         times.sort_by(f64::total_cmp);
@@ -70,17 +69,4 @@ fn connect(socket: &Path) -> Result<Client> {
             result => return result,
         }
     }
-}
-
-/// CPU time of all threads: the first field of each schedstat.
-fn cpu_time_ns(pid: u32) -> Result<u64> {
-    let mut nanoseconds = 0;
-    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let text = fs::read_to_string(thread?.path().join("schedstat"))?;
-        let first = text.split(' ').next().unwrap_or_default();
-        nanoseconds += first
-            .parse::<u64>()
-            .map_err(|e| Failure::new(format!("schedstat: {e}")))?;
-    }
-    Ok(nanoseconds)
 }

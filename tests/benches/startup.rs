@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly_tests::{Failure, Result, Scratch};
+use mayfly_tests::{Failure, Result, Scratch, cpu_time};
 
 const STARTS: usize = 200;
 
@@ -33,26 +33,27 @@ fn main() -> Result {
     }
 }
 
-/// Prints the median and the quartiles of many starts.
-fn report(name: &str, start: impl Fn() -> Result<u64>) -> Result {
+/// Prints the median and the quartiles of many starts, in microseconds.
+fn report(name: &str, start: impl Fn() -> Result<Duration>) -> Result {
     let mut times = (0..STARTS).map(|_| start()).collect::<Result<Vec<_>>>()?;
     times.sort_unstable();
-    println!("{name} {}", times[STARTS / 2]);
-    println!("{name}_quartiles {}-{}", times[STARTS / 4], times[STARTS * 3 / 4]);
+    let us = |place: usize| times[place].as_micros();
+    println!("{name} {}", us(STARTS / 2));
+    println!("{name}_quartiles {}-{}", us(STARTS / 4), us(STARTS * 3 / 4));
     Ok(())
 }
 
-/// CPU time of one start, in microseconds.
-fn start(mayfly: &str) -> Result<u64> {
+/// CPU time of one start.
+fn start(mayfly: &str) -> Result<Duration> {
     let scratch = Scratch::new("startup")?;
     let socket = scratch.join("api.sock");
     let mut command = Command::new(mayfly);
     command.arg("--api-sock").arg(&socket);
-    timed(&mut command, &socket, cpu_time_us)
+    timed(&mut command, &socket, cpu_time)
 }
 
-/// CPU time of one start in a new jail, in microseconds.
-fn start_in_jail(mayfly: &str, jailer: &str) -> Result<u64> {
+/// CPU time of one start in a new jail.
+fn start_in_jail(mayfly: &str, jailer: &str) -> Result<Duration> {
     let scratch = Scratch::new("startup")?;
     let name = Path::new(mayfly).file_name().unwrap_or_default();
     let root = scratch.join("jails").join(name).join("bench/root");
@@ -71,12 +72,12 @@ fn start_in_jail(mayfly: &str, jailer: &str) -> Result<u64> {
     command.args(["--", "--api-sock", "/run/api.sock"]);
     timed(&mut command, &root.join("run/api.sock"), |jailer| {
         let monitor = fs::read_to_string(root.join("mayfly.pid"))?.parse()?;
-        Ok(cpu_time_us(jailer)? + cpu_time_us(monitor)?)
+        Ok(cpu_time(jailer)? + cpu_time(monitor)?)
     })
 }
 
 /// Starts a process, asks for its time when its socket is there, and kills it.
-fn timed(command: &mut Command, socket: &Path, time: impl Fn(u32) -> Result<u64>) -> Result<u64> {
+fn timed(command: &mut Command, socket: &Path, time: impl Fn(u32) -> Result<Duration>) -> Result<Duration> {
     let mut process = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
     let deadline = Instant::now() + Duration::from_secs(10);
     while UnixStream::connect(socket).is_err() {
@@ -90,14 +91,4 @@ fn timed(command: &mut Command, socket: &Path, time: impl Fn(u32) -> Result<u64>
     process.kill()?;
     process.wait()?;
     time
-}
-
-/// CPU time of all threads: the first field of each schedstat, in nanoseconds.
-fn cpu_time_us(pid: u32) -> Result<u64> {
-    let mut nanoseconds = 0;
-    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let text = fs::read_to_string(thread?.path().join("schedstat"))?;
-        nanoseconds += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
-    }
-    Ok(nanoseconds / 1000)
 }

@@ -21,6 +21,7 @@ mod agent;
 mod client;
 mod console;
 pub mod coverage;
+mod cpu_time;
 mod devices;
 mod environment;
 mod event_stream;
@@ -42,6 +43,7 @@ mod vm;
 
 pub use client::{Client, Response};
 pub use console::Console;
+pub use cpu_time::cpu_time;
 pub use devices::{Drive, Net, Pmem};
 pub use environment::{GuestImage, binary};
 pub use event_stream::EventStream;

@@ -272,15 +272,8 @@ fn vec_len(pieces: &[libc::iovec]) -> libc::c_int {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::buffers;
     use std::os::fd::AsFd;
-
-    fn buffers<'m>(pieces: &'m mut [&mut [u8]]) -> Buffers<'m> {
-        let mut buffers = Buffers::new();
-        for piece in pieces {
-            buffers.push(&VolatileSlice::from(&mut **piece));
-        }
-        buffers
-    }
 
     #[test]
     fn reads_and_writes_across_pieces() {

@@ -161,7 +161,7 @@ fn read_up_to(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
 mod tests {
     use std::io::Write;
 
-    use vm_memory::VolatileSlice;
+    use crate::testing::buffers;
     use vmm_sys_util::tempfile::TempFile;
 
     use super::*;
@@ -174,14 +174,6 @@ mod tests {
         let file = TempFile::new().unwrap();
         file.as_file().write_all(bytes).unwrap();
         file
-    }
-
-    fn buffers<'m>(pieces: &'m mut [&mut [u8]]) -> Buffers<'m> {
-        let mut buffers = Buffers::new();
-        for piece in pieces {
-            buffers.push(&VolatileSlice::from(&mut **piece));
-        }
-        buffers
     }
 
     #[test]

@@ -14,7 +14,7 @@ enum Done {
 fn work(platter: &Platter, durable: bool, seed: u64, requests: u64) -> Vec<Done> {
     let image = open_with(platter, false, durable).unwrap();
     platter.0.lock().unwrap().log = Some(Vec::new());
-    let (mut random, mut done) = (Random(seed), Vec::new());
+    let (mut random, mut done) = (Random::new(seed), Vec::new());
     for stamp in 1..=requests {
         let start = random.index(SECTORS - 100);
         let sectors = start..start + 1 + random.index(90);
@@ -115,7 +115,7 @@ fn crash_everywhere(builder: &Builder, durable: bool, seed: u64, crashes: usize)
     let done = work(&platter, durable, seed, 90);
     let log = platter.0.lock().unwrap().log.take().unwrap();
     assert!(log.len() > 60);
-    let mut random = Random(seed + 1);
+    let mut random = Random::new(seed + 1);
     for _ in 0..crashes {
         let count = random.index(log.len() + 1);
         check(
@@ -152,7 +152,7 @@ fn the_end_of_the_process_loses_nothing_that_was_answered() {
 #[test]
 fn a_second_crash_finds_what_the_first_left() {
     let builder = builder(12, 4);
-    let mut random = Random(7);
+    let mut random = Random::new(7);
     let mut disk = builder.build();
     for seed in 100..106 {
         let platter = Platter::new(disk.clone());

@@ -20,6 +20,7 @@ pub(super) use inspect::Report;
 
 use super::Qcow2;
 use super::chain::{Allowed, Opener};
+use crate::testing::Random;
 use crate::virtio::Buffers;
 use crate::virtio::block::lock::Lock;
 use crate::virtio::block::{Backend, CacheType, OpenError};
@@ -159,22 +160,6 @@ fn open_with(platter: &Platter, read_only: bool, durable: bool) -> Result<Qcow2,
         CacheType::Unsafe
     };
     Qcow2::over(file, Path::new("test.qcow2"), opener, cache_type)
-}
-
-/// Numbers that look random and are the same every time.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % end
-    }
-
-    fn index(&mut self, end: usize) -> usize {
-        usize::try_from(self.below(end as u64)).unwrap()
-    }
 }
 
 /// `len` bytes of sectors that all say `stamp`.

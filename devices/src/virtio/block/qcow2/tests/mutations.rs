@@ -56,7 +56,7 @@ fn mutate(image: &[u8], random: &mut Random) -> Vec<u8> {
 
 #[test]
 fn mutated_images_do_no_harm() {
-    let mut random = Random(4711);
+    let mut random = Random::new(4711);
     for (cluster_bits, refcount_order) in [(9, 6), (12, 4), (10, 1)] {
         let good = full(&Builder {
             cluster_bits,
