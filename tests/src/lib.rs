@@ -32,6 +32,7 @@ pub mod isolation;
 pub mod jail;
 mod monitor;
 mod monitor_builder;
+pub mod network;
 mod qemu_img;
 mod scratch;
 pub mod steps;

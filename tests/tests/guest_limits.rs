@@ -1,14 +1,13 @@
 //! Rate limiters, measured with the guest's clock: no test here asks for speed, only for slowness. What a limit holds
 //! back takes at least its time; after the limit is lifted, nothing is held back any more.
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::path::Path;
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::Duration;
 
+use mayfly_tests::network::{Server, Subnet, give, receive};
 use mayfly_tests::{
-    Drive, Failure, GUEST_TIMEOUT, Guest, Net, Result, Scratch, Tap, TestVm, Vm, pattern, wait_until,
+    Drive, Failure, GUEST_TIMEOUT, Guest, Net, Result, Scratch, TestVm, Vm, pattern, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -154,77 +153,43 @@ fn entropy_is_as_slow_as_its_limit() -> Result {
     Ok(())
 }
 
-/// A server on `address` for one connection, which sends `amount` bytes and receives as many as come; its port.
-fn server(address: Ipv4Addr, amount: usize) -> Result<(u16, JoinHandle<Result<Vec<u8>>>)> {
-    let listener = TcpListener::bind((address, 0))?;
-    let port = listener.local_addr()?.port();
-    listener.set_nonblocking(true)?;
-    let serve = move || {
-        let mut stream = accept(&listener)?;
-        stream.write_all(&pattern(amount))?;
-        if amount > 0 {
-            // The guest's program ends with that, so not before it has sent what it is to send.
-            stream.shutdown(Shutdown::Write)?;
-        }
-        let mut received = Vec::new();
-        stream.read_to_end(&mut received)?;
-        Ok(received)
-    };
-    Ok((port, thread::spawn(serve)))
-}
-
-/// Takes one connection before the deadline.
-fn accept(listener: &TcpListener) -> Result<TcpStream> {
-    let deadline = Instant::now() + GUEST_TIMEOUT;
-    loop {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                stream.set_read_timeout(Some(GUEST_TIMEOUT))?;
-                return Ok(stream);
-            }
-            Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
-            Err(e) => return Err(Failure::new(format!("the guest did not connect: {e}"))),
-        }
-    }
-}
-
-const HOST: Ipv4Addr = Ipv4Addr::new(10, 79, 1, 1);
+const SUBNET: Subnet = Subnet(60);
 
 /// The guest sends its disk; how long it takes.
 fn send(vm: &Vm) -> Result<f64> {
-    let (port, server) = server(HOST, 0)?;
-    let time = seconds(&vm.guest(), &format!("nc {HOST} {port} </dev/vda"))?;
-    let received = server
-        .join()
-        .unwrap_or_else(|_| Err(Failure::new("the server panicked")))?;
-    assert!(received == pattern(4 * MIB), "not what the guest has sent came");
+    let server = Server::start(SUBNET.host(), receive)?;
+    let send = format!("nc {} {} </dev/vda", SUBNET.host(), server.port());
+    let time = seconds(&vm.guest(), &send)?;
+    assert!(
+        server.join()? == pattern(4 * MIB),
+        "not what the guest has sent came"
+    );
     Ok(time)
 }
 
 /// The guest receives what is on its disk; how long it takes.
-fn receive(vm: &Vm) -> Result<f64> {
-    let (port, server) = server(HOST, 4 * MIB)?;
-    let time = seconds(
-        &vm.guest(),
-        &format!("nc {HOST} {port} </dev/null | cmp - /dev/vda"),
-    )?;
-    server
-        .join()
-        .unwrap_or_else(|_| Err(Failure::new("the server panicked")))?;
+fn fetch(vm: &Vm) -> Result<f64> {
+    let server = Server::start(SUBNET.host(), |stream| give(stream, 4 * MIB))?;
+    let fetch = format!(
+        "nc {} {} </dev/null | cmp - /dev/vda",
+        SUBNET.host(),
+        server.port()
+    );
+    let time = seconds(&vm.guest(), &fetch)?;
+    server.join()?;
     Ok(time)
 }
 
 #[test]
 fn a_network_card_is_as_slow_as_its_limits_in_each_direction() -> Result {
-    let tap = Tap::create("mflim1", HOST)?;
+    let tap = SUBNET.tap()?;
     let scratch = Scratch::new("limits")?;
     let disk = scratch.file("disk", pattern(4 * MIB))?;
     let net = Net::new("net0", &tap).with("tx_rate_limiter", json!({"bandwidth": per_second(MIB)}));
     let vm = TestVm::new("limits-net")
         .net(net)
         .drive(Drive::new("data", disk).read_only())
-        .boot_arg("mayfly.ip=10.79.1.2/24")
+        .boot_arg(&SUBNET.boot_arg())
         .boot()?;
     let patch = |rx: Value, tx: Value| {
         let limits = |bucket| json!({"bandwidth": bucket});
@@ -233,15 +198,15 @@ fn a_network_card_is_as_slow_as_its_limits_in_each_direction() -> Result {
     };
     assert_slow(send(&vm)?, 4 * MIB, MIB);
     assert!(vm.counted("net", "tx_rate_limiter_event_count")? > 0);
-    assert_free(&vm, "net", "rx_rate_limiter_throttled", || receive(&vm).map(drop))?;
+    assert_free(&vm, "net", "rx_rate_limiter_throttled", || fetch(&vm).map(drop))?;
 
     patch(per_second(MIB), disabled())?;
-    assert_slow(receive(&vm)?, 4 * MIB, MIB);
+    assert_slow(fetch(&vm)?, 4 * MIB, MIB);
     assert!(vm.counted("net", "rx_event_rate_limiter_count")? > 0);
     assert_free(&vm, "net", "tx_rate_limiter_throttled", || send(&vm).map(drop))?;
 
     patch(disabled(), Value::Null)?;
-    assert_free(&vm, "net", "rx_rate_limiter_throttled", || receive(&vm).map(drop))
+    assert_free(&vm, "net", "rx_rate_limiter_throttled", || fetch(&vm).map(drop))
 }
 
 #[test]
