@@ -144,7 +144,6 @@ fn leaves_frames_in_the_queue_while_the_peer_does_not_read() {
         guest.await_ready();
         taken += std::iter::from_fn(|| guest.tx.used()).count();
     }
-    guest.peer.set_nonblocking(true).unwrap();
     while !reader.is_finished() {
         guest.ready();
     }
