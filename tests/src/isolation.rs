@@ -82,6 +82,12 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
+/// Puts a folder in the place of `/etc`.
+pub fn replace_etc(folder: &CStr) -> io::Result<()> {
+    own_mounts()?;
+    mount(folder, c"/etc", None, libc::MS_BIND, None)
+}
+
 /// Makes the process an ordinary user's, who may use KVM and taps: through device nodes of his own, as those of the
 /// machine may be root's.
 pub fn become_user(user: u32) -> io::Result<()> {

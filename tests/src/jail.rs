@@ -1,13 +1,15 @@
 //! A `mayfly-jailer` under test, started by root or by an ordinary user.
 
+use std::ffi::CString;
 use std::fs;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use crate::environment::{binary, jailer};
-use crate::isolation::become_user;
+use crate::isolation::{become_user, replace_etc};
 use crate::{Client, Failure, HOST_TIMEOUT, Result, Scratch, wait_until};
 
 /// Whom the VM of a jail runs as, and an ordinary user who starts one.
@@ -31,6 +33,8 @@ pub struct Jail {
     starter: Starter,
     program: PathBuf,
     jailer: PathBuf,
+    /// A folder in the place of `/etc` for the jailer.
+    etc: Option<CString>,
 }
 
 impl Jail {
@@ -46,6 +50,7 @@ impl Jail {
         let mut jail = Self {
             program: program.into(),
             jailer: jailer()?,
+            etc: None,
             starter,
             scratch,
         };
@@ -55,6 +60,20 @@ impl Jail {
             jail.jailer = copied(&jail.jailer, &jail.scratch)?;
             jail.give(&jail.scratch)?;
         }
+        Ok(jail)
+    }
+
+    /// A folder for the jail of an ordinary user for whom the system has set aside ten ids from `first` on.
+    pub fn with_ids(name: &str, first: u32) -> Result<Self> {
+        let mut jail = Self::new(name, Starter::User)?;
+        let etc = jail.scratch.join("etc");
+        fs::create_dir(&etc)?;
+        let user = format!("tester:x:{JAIL_USER}:{JAIL_USER}::/:/bin/sh\n");
+        let ids = format!("tester:{first}:10\n");
+        for (name, content) in [("passwd", &user), ("subuid", &ids), ("subgid", &ids)] {
+            fs::write(etc.join(name), content)?;
+        }
+        jail.etc = Some(CString::new(etc.into_os_string().into_vec())?);
         Ok(jail)
     }
 
@@ -103,7 +122,11 @@ impl Jail {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         if self.starter == Starter::User {
-            let user = || become_user(JAIL_USER);
+            let etc = self.etc.clone();
+            let user = move || {
+                etc.as_deref().map_or(Ok(()), replace_etc)?;
+                become_user(JAIL_USER)
+            };
             // SAFETY: needed because the standard library knows no mounts; the function makes system calls only.
             unsafe { command.pre_exec(user) };
         }
@@ -163,11 +186,14 @@ impl Jail {
     }
 }
 
-/// Copies a file to where everybody can use it.
+/// Copies a file to where everybody can use it: in a process of its own, as a program cannot be executed while it is open
+/// for writing, and what this process has open, any other test's new process has for a moment.
 fn copied(file: &Path, folder: &Path) -> Result<PathBuf> {
     let copy = folder.join(file.file_name().unwrap_or_default());
-    fs::copy(file, &copy)?;
-    Ok(copy)
+    match Command::new("cp").arg(file).arg(&copy).status()?.success() {
+        true => Ok(copy),
+        false => Err(Failure::new(format!("cannot copy {}", file.display()))),
+    }
 }
 
 /// A jailer that waits for its VM. Both are killed when it is dropped.

@@ -1,4 +1,6 @@
-//! Kills a program at a chosen system call, to find what a death between two of its steps leaves behind.
+//! Kills a program at a chosen step, to find what a death between two of its steps leaves behind. A step is a system call
+//! that changes something outside of the program's memory, or waits for another process: a death at any other call leaves
+//! what one at the next step does.
 
 use std::collections::HashSet;
 use std::io;
@@ -7,8 +9,34 @@ use std::process::Command;
 
 use crate::Result;
 
-/// Runs a program and kills the one of its processes that makes the `step`th system call of all, at the entry to it. The
-/// others go on until they end by themselves. False if the program got by with fewer system calls.
+/// Calls that are steps. Of those that open files, only those that may make one are.
+const STEPS: [libc::c_long; 22] = [
+    libc::SYS_mkdir,
+    libc::SYS_mkdirat,
+    libc::SYS_rmdir,
+    libc::SYS_mknodat,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_ftruncate,
+    libc::SYS_flock,
+    libc::SYS_copy_file_range,
+    libc::SYS_sendfile,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_clone,
+    libc::SYS_umount2,
+    libc::SYS_setns,
+    libc::SYS_execve,
+];
+
+/// Runs a program and kills the one of its processes that makes the `step`th step of all, at the entry to it. The others
+/// go on until they end by themselves. False if the program got by with fewer steps.
 pub fn kill_at(command: &mut Command, step: usize) -> Result<bool> {
     let trace_me = || check(ptrace(libc::PTRACE_TRACEME, 0, 0));
     // SAFETY: needed so that the program is traced from its first instruction. The call is a system call only.
@@ -39,11 +67,7 @@ impl Tracer {
         let (mut calls, mut killed) = (0, false);
         check(ptrace(libc::PTRACE_SYSCALL, first, 0))?;
         while !self.processes.is_empty() {
-            let Some((process, status)) = any_event()? else {
-                // All are in system calls that wait.
-                std::thread::sleep(std::time::Duration::from_micros(200));
-                continue;
-            };
+            let (process, status) = next_event()?;
             if !libc::WIFSTOPPED(status) {
                 self.processes.remove(&process);
                 continue;
@@ -54,7 +78,7 @@ impl Tracer {
             let is_call = stop == libc::SIGTRAP | 0x80;
             if is_call && !self.in_call.remove(&process) {
                 self.in_call.insert(process);
-                calls += 1;
+                calls += usize::from(is_step(process)?);
                 if calls == step {
                     killed = true;
                     kill(process);
@@ -95,20 +119,43 @@ impl Tracer {
     }
 }
 
+/// True if the call that a process is about to make is a step.
+fn is_step(process: libc::pid_t) -> io::Result<bool> {
+    // SAFETY: needed to trace, which has no wrapper. All bit patterns are valid registers, and the kernel writes them to
+    // where it is told to.
+    let registers = unsafe {
+        let mut registers: libc::user_regs_struct = std::mem::zeroed();
+        check(libc::ptrace(libc::PTRACE_GETREGS, process, 0, &raw mut registers))?;
+        registers
+    };
+    let flags = match i64::try_from(registers.orig_rax).unwrap_or(-1) {
+        libc::SYS_openat => registers.rdx,
+        // Flags are the first field of the structure.
+        libc::SYS_openat2 => peek(process, registers.rdx),
+        number => return Ok(STEPS.contains(&number)),
+    };
+    Ok(flags & u64::from(libc::O_CREAT.unsigned_abs()) != 0)
+}
+
+/// A word of another process.
+fn peek(process: libc::pid_t, address: u64) -> u64 {
+    // SAFETY: needed to trace, which has no wrapper. The address is the other process's; for a wrong one nothing is read.
+    unsafe { libc::ptrace(libc::PTRACE_PEEKDATA, process, address, 0) }.cast_unsigned()
+}
+
 fn wait_for(process: libc::pid_t) -> io::Result<()> {
     // SAFETY: as above.
     check(unsafe { libc::waitpid(process, std::ptr::null_mut(), libc::__WALL) }.into())
 }
 
-/// What has happened to one of the processes, if anything.
-fn any_event() -> io::Result<Option<(libc::pid_t, libc::c_int)>> {
+/// What happens to one of the processes next.
+fn next_event() -> io::Result<(libc::pid_t, libc::c_int)> {
     let mut status = 0;
-    let flags = libc::__WALL | libc::__WNOTHREAD | libc::WNOHANG;
+    let flags = libc::__WALL | libc::__WNOTHREAD;
     // SAFETY: needed because any process of this tracer may be next, but none of another thread. The status is alive.
     match unsafe { libc::waitpid(-1, &mut status, flags) } {
-        0 => Ok(None),
         -1 => Err(io::Error::last_os_error()),
-        process => Ok(Some((process, status))),
+        process => Ok((process, status)),
     }
 }
 

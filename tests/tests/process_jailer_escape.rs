@@ -116,8 +116,14 @@ fn attempts(mut command: Command) -> Result<BTreeMap<(String, String), String>> 
     let file = File::open("/etc/passwd")?;
     let from = file.as_raw_fd();
     let leave_open = move || {
-        // SAFETY: needed because the standard library opens nothing for children. The call is a system call only.
-        match unsafe { libc::dup2(from, LEFT_OPEN) } {
+        // SAFETY: needed because the standard library opens nothing for children. The calls are system calls only. A copy
+        // onto itself would stay one that is closed.
+        match unsafe {
+            match from {
+                LEFT_OPEN => libc::fcntl(from, libc::F_SETFD, 0),
+                _ => libc::dup2(from, LEFT_OPEN),
+            }
+        } {
             -1 => Err(std::io::Error::last_os_error()),
             _ => Ok(()),
         }
