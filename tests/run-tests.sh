@@ -192,7 +192,7 @@ main() {
         soak
     fi
     ((EUID == 0)) || die "needs root: tests create network taps, and the lab shares this machine's files"
-    require_tools cc:gcc curl:curl ip:iproute2 iptables:iptables sysctl:procps qemu-img:qemu-utils passt:passt
+    require_tools cc:gcc curl:curl ip:iproute2 iptables:iptables sysctl:procps qemu-img:qemu-utils passt:passt newuidmap:uidmap
     rm -rf "$LOGS"
     mkdir -p "$LOGS"
     [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --locked -- "${filters[@]}"

@@ -14,7 +14,8 @@ Usage: mayfly-jailer --id ID [OPTIONS] [-- MAYFLY'S OPTIONS]   (both `--option v
 
   --id ID                     name of the VM, 1 to 64 letters, digits and '-'
   --exec-file PATH            the static program to start [mayfly beside this program]
-  --uid UID, --gid GID        whom it runs as; root must say, others run it as themselves (see --import)
+  --uid UID, --gid GID        whom it runs as; root must say (see --import). For others: themselves, or ids that /etc/subuid
+                              and /etc/subgid set aside for them [themselves]
   --chroot-base-dir PATH      jails are PATH/<name of the program>/ID [/srv/jailer; for others than root
                               $XDG_RUNTIME_DIR/mayfly-jailer]
 

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use crate::args::Args;
+use crate::fsat;
 use crate::plan::Place;
 
 /// Why a cgroup was not made. Each message names what to change.
@@ -176,7 +177,7 @@ fn hierarchies(mounts: &str) -> Vec<Hierarchy> {
             _ => return None,
         };
         Some(Hierarchy {
-            mount: mount.replace("\\040", " ").into(),
+            mount: fsat::listed_path(mount.as_bytes()),
             version,
             options: options.into(),
         })

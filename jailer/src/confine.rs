@@ -58,12 +58,18 @@ pub fn leave_keyring() -> Result {
 }
 
 /// Becomes the user, with no capability left and none to be had.
-pub fn drop_privileges(user: User, rootless: bool) -> Result {
+pub fn drop_privileges(user: User, keeps_groups: bool) -> Result {
     let failed = || Error::system("drop privileges");
     drop_bounding_set().map_err(failed())?;
-    if !rootless {
+    if !keeps_groups {
         rustix::thread::set_thread_groups(&[]).map_err(failed())?;
     }
+    become_user(user)
+}
+
+/// Becomes the user, with no capability left. That is all for a process that starts no program any more.
+pub fn become_user(user: User) -> Result {
+    let failed = || Error::system("drop privileges");
     let (uid, gid) = (
         rustix::fs::Uid::from_raw(user.uid),
         rustix::fs::Gid::from_raw(user.gid),
@@ -81,6 +87,18 @@ pub fn drop_privileges(user: User, rootless: bool) -> Result {
     rustix::thread::set_no_new_privs(true).map_err(failed())
 }
 
+/// Leaves to a jailer that waits for a VM with other ids nothing but the right to send it signals.
+pub fn keep_right_to_signal() -> Result {
+    let failed = || Error::system("drop privileges");
+    let sets = CapabilitySets {
+        effective: CapabilitySet::KILL,
+        permitted: CapabilitySet::KILL,
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, sets).map_err(failed())?;
+    rustix::thread::set_no_new_privs(true).map_err(failed())
+}
+
 fn drop_bounding_set() -> rustix::io::Result<()> {
     for number in 0..64 {
         match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(
@@ -92,6 +110,29 @@ fn drop_bounding_set() -> rustix::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Does something with the rights that the VM's user has, so that a config leads root to nothing that this user cannot
+/// reach.
+pub fn as_user<T>(plan: &Plan, work: impl FnOnce() -> T) -> Result<T> {
+    if plan.place.rootless {
+        return Ok(work());
+    }
+    let User { uid, gid } = plan.user;
+    let change = |uid, gid, first_uid: bool| -> rustix::io::Result<()> {
+        let set_uid = || rustix::thread::set_thread_res_uid(None, rustix::fs::Uid::from_raw(uid), None);
+        let set_gid = || rustix::thread::set_thread_res_gid(None, rustix::fs::Gid::from_raw(gid), None);
+        // Only root can change the group.
+        if first_uid {
+            set_uid().and_then(|()| set_gid())
+        } else {
+            set_gid().and_then(|()| set_uid())
+        }
+    };
+    change(uid, gid, false).map_err(Error::system("take the rights of the VM's user"))?;
+    let result = work();
+    change(0, 0, true).map_err(Error::system("return to root's rights"))?;
+    Ok(result)
 }
 
 /// Lets the process reach only what the jail is for, also in what its file system shows. False if this kernel cannot.
@@ -123,7 +164,7 @@ pub fn restrict(plan: &Plan) -> Result<bool> {
                 let access = match import.kind {
                     Kind::ReadOnly => AccessFs::ReadFile | AccessFs::IoctlDev,
                     // The monitor opens pipes for output both ways.
-                    Kind::ReadWrite | Kind::Output => write | AccessFs::IoctlDev,
+                    Kind::ReadWrite | Kind::Socket | Kind::Output => write | AccessFs::IoctlDev,
                     Kind::Folder => sockets,
                 };
                 rules.allow(import.path(), access)?;
@@ -162,7 +203,9 @@ pub fn check_access(import: &Import, user: User) -> Result {
     use rustix::fs::Access;
     let (access, doing) = match import.kind {
         Kind::ReadOnly => (Access::READ_OK, "read"),
-        Kind::ReadWrite | Kind::Output => (Access::READ_OK | Access::WRITE_OK, "read and write"),
+        Kind::ReadWrite | Kind::Socket | Kind::Output => {
+            (Access::READ_OK | Access::WRITE_OK, "read and write")
+        }
         Kind::Folder => (Access::WRITE_OK | Access::EXEC_OK, "make sockets in"),
     };
     let checked = rustix::fs::accessat(CWD, import.path(), access, AtFlags::EACCESS);

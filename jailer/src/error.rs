@@ -63,6 +63,15 @@ pub enum Error {
     System { doing: &'static str, source: io::Error },
     #[error("Failed to create a user namespace, which starting a jail without root needs: {source}. {hint}")]
     UserNamespace { source: io::Error, hint: &'static str },
+    #[error(
+        "Failed to give the VM the id {id} by {helper}: {reason}. Without root, a VM runs as you, or by ids that /etc/subuid \
+         and /etc/subgid set aside for you; newuidmap and newgidmap (Debian: package uidmap) must be there"
+    )]
+    Subordinate {
+        helper: &'static str,
+        id: u32,
+        reason: String,
+    },
     /// What the process in the jail said, the message and then its details.
     #[error("{message}")]
     Inside { message: String, details: String },

@@ -1,21 +1,26 @@
 //! What a config file names, and how it comes into the jail: each file under `/import`, and the config with those paths.
 //! The config is not judged here beyond that; the monitor does it.
 
-use std::fs;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::jail::IMPORT_FOLDER;
+use crate::plan::User;
 
 /// How something is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A file that is read.
     ReadOnly,
-    /// A file that is read and written, or a socket that somebody else listens to.
+    /// A file that is read and written.
     ReadWrite,
+    /// A socket that somebody else listens to.
+    Socket,
     /// A file that is written, and made if it is not there.
     Output,
     /// A folder in which the monitor makes sockets.
@@ -38,6 +43,48 @@ impl Import {
     pub fn path(&self) -> PathBuf {
         Path::new("/").join(IMPORT_FOLDER).join(&self.name)
     }
+
+    /// True if a copy is what comes into the jail. Only what is read can be copied to any use.
+    pub fn is_copied(&self, copy: bool) -> bool {
+        copy && matches!(self.kind, Kind::ReadOnly | Kind::ReadWrite)
+    }
+}
+
+/// A config file, opened once: whoever changes its name afterwards does not change whose content it is.
+#[derive(Debug)]
+pub struct ConfigFile {
+    path: PathBuf,
+    file: File,
+    /// Whose file it is.
+    pub owner: User,
+}
+
+impl ConfigFile {
+    /// Opens it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut options = File::options();
+        // A pipe without a writer would keep the jailer waiting.
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        let file = options.open(path).map_err(Error::path("read", path))?;
+        let stat = file.metadata().map_err(Error::path("examine", path))?;
+        let owner = User {
+            uid: stat.uid(),
+            gid: stat.gid(),
+        };
+        let path = path.into();
+        let this = Self { path, file, owner };
+        match stat.is_file() {
+            true => Ok(this),
+            false => Err(this.wrong("it is no regular file".into())),
+        }
+    }
+
+    fn wrong(&self, reason: String) -> Error {
+        Error::Config {
+            path: self.path.clone(),
+            reason,
+        }
+    }
 }
 
 /// What a config names.
@@ -59,24 +106,23 @@ const SINGLE: [(&str, &str, Kind); 6] = [
     ("serial", "serial_out_path", Kind::Output),
     ("vsock", "uds_path", Kind::Folder),
 ];
-/// Those of lists, with the key that makes a file read-only.
-const LISTED: [(&str, &str, &str); 4] = [
-    ("drives", "path_on_host", "is_read_only"),
-    ("drives", "socket", ""),
-    ("pmem", "path_on_host", "read_only"),
-    ("network-interfaces", "socket", ""),
+/// Those of lists, with the key that makes a file read-only; what has none is a socket.
+const LISTED: [(&str, &str, Option<&str>); 4] = [
+    ("drives", "path_on_host", Some("is_read_only")),
+    ("drives", "socket", None),
+    ("pmem", "path_on_host", Some("read_only")),
+    ("network-interfaces", "socket", None),
 ];
 /// The section that may be the name of a file.
 const CPU_TEMPLATE: &str = "cpu-config";
 
 impl Imports {
     /// Reads a config file.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read(path).map_err(Error::path("read", path))?;
-        let wrong = |reason: String| Error::Config {
-            path: path.into(),
-            reason,
-        };
+    pub fn read(file: &ConfigFile) -> Result<Self> {
+        let mut text = Vec::new();
+        let read = (&file.file).read_to_end(&mut text);
+        read.map_err(Error::path("read", &file.path))?;
+        let wrong = |reason| file.wrong(reason);
         let config = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
         Self::new(config).map_err(wrong)
     }
@@ -101,11 +147,11 @@ impl Imports {
         for (section, key, read_only) in LISTED {
             let devices = imports.config[section].as_array().map_or(0, Vec::len);
             for index in 0..devices {
-                let is_read_only = imports.config[section][index][read_only] == true;
-                let kind = if is_read_only {
-                    Kind::ReadOnly
-                } else {
-                    Kind::ReadWrite
+                let device = &imports.config[section][index];
+                let kind = match read_only {
+                    Some(key) if device[key] == true => Kind::ReadOnly,
+                    Some(_) => Kind::ReadWrite,
+                    None => Kind::Socket,
                 };
                 imports.take(&[section, &index.to_string(), key], kind)?;
             }
@@ -224,7 +270,7 @@ mod tests {
                 ("drives-0-path_on_host", "/a", Kind::ReadOnly),
                 ("drives-1-path_on_host", "/b", Kind::ReadWrite),
                 ("drives-3-path_on_host", "/d", Kind::ReadWrite),
-                ("drives-2-socket", "/c", Kind::ReadWrite),
+                ("drives-2-socket", "/c", Kind::Socket),
                 ("pmem-0-path_on_host", "/p", Kind::ReadWrite),
                 ("drives-3-backing_files-0", "/e", Kind::ReadOnly),
                 ("drives-3-backing_files-1", "/f", Kind::ReadOnly),

@@ -2,8 +2,8 @@
 
 use std::convert::Infallible;
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -47,36 +47,27 @@ pub const READY: u8 = b'+';
 pub const SEPARATOR: char = '\0';
 
 /// Becomes the monitor, or tells the jailer why not.
-pub fn run(plan: &Plan, inheritance: Inheritance) -> ! {
-    let status = match inheritance.status.try_clone() {
-        Ok(status) => status,
-        Err(_) => std::process::exit(1),
-    };
+pub fn run(plan: &Plan, inheritance: &Inheritance) -> ! {
     let Err(error) = become_monitor(plan, inheritance);
     let text = format!("{error}{SEPARATOR}{}", error.details());
-    // Nobody is left to be told if this fails.
-    drop(File::from(status).write_all(text.as_bytes()));
+    // It fits into an empty pipe. Nobody is left to be told if this fails.
+    let _ = rustix::io::write(&inheritance.status, text.as_bytes());
     std::process::exit(1)
 }
 
-fn become_monitor(plan: &Plan, mut inheritance: Inheritance) -> Result<Infallible> {
-    let mut go = File::from(inheritance.go);
-    let mut word = [0];
-    if !matches!(go.read(&mut word), Ok(1)) {
+fn become_monitor(plan: &Plan, inheritance: &Inheritance) -> Result<Infallible> {
+    if !matches!(rustix::io::read(&inheritance.go, &mut [0; 1]), Ok(1)) {
         // The jailer gave up, and says why.
         std::process::exit(1);
     }
-    if !plan.place.rootless {
-        rustix::thread::set_thread_groups(&[]).map_err(Error::system("drop groups"))?;
-    }
-    enter_namespaces(plan, inheritance.netns.take())?;
+    enter_namespaces(plan, inheritance.netns.as_ref())?;
     if plan.after == After::Daemon {
         leave_terminal()?;
     }
     mounts::enter(plan, inheritance.root)?;
     confine::limit(plan.limits)?;
     confine::leave_keyring()?;
-    confine::drop_privileges(plan.user, plan.place.rootless)?;
+    confine::drop_privileges(plan.user, plan.keeps_groups)?;
     for import in plan.imports.iter().flat_map(|imports| &imports.list) {
         confine::check_access(import, plan.user)?;
     }
@@ -89,7 +80,7 @@ fn become_monitor(plan: &Plan, mut inheritance: Inheritance) -> Result<Infallibl
         let failed = Error::system("ask to die with the jailer");
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed)?;
     }
-    if has_ended(&go) {
+    if has_ended(&inheritance.go) {
         std::process::exit(1);
     }
     rustix::process::umask(inheritance.umask);
@@ -97,20 +88,18 @@ fn become_monitor(plan: &Plan, mut inheritance: Inheritance) -> Result<Infallibl
         .signals
         .restore()
         .map_err(Error::system("unblock signals"))?;
-    let ready = File::from(inheritance.status).write_all(&[READY]);
-    ready.map_err(Error::system("tell the jailer"))?;
+    rustix::io::write(&inheritance.status, &[READY]).map_err(Error::system("tell the jailer"))?;
     let program = Path::new("/").join(&plan.place.name);
     let error = monitor(plan, &program, inheritance.start).exec();
     Err(Error::path("execute", &program)(error))
 }
 
 /// Joins or makes the namespaces that the process was not born in.
-fn enter_namespaces(plan: &Plan, netns: Option<OwnedFd>) -> Result {
+fn enter_namespaces(plan: &Plan, netns: Option<&OwnedFd>) -> Result {
     // SAFETY: needed because the call could take open files from other threads; there are none, and it does not here.
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) };
     unshared.map_err(Error::system("make a cgroup namespace"))?;
     if let (Some(netns), Network::Join(path)) = (netns, &plan.network) {
-        use std::os::fd::AsFd;
         rustix::thread::move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))
             .map_err(|e| Error::path("join the network namespace", path)(e.into()))?;
     }
@@ -128,7 +117,7 @@ fn leave_terminal() -> Result {
 }
 
 /// True if the other end of the pipe is closed.
-fn has_ended(go: &File) -> bool {
+fn has_ended(go: &OwnedFd) -> bool {
     let mut poll = [PollFd::new(go, PollFlags::IN)];
     let now = Timespec {
         tv_sec: 0,

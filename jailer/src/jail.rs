@@ -2,20 +2,23 @@
 //! already is taken over if it is what it must be, and else refused, so that any number of tries give the same jail.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
+use crate::confine::as_user;
 use crate::error::{Error, Result};
 use crate::fsat::{self, Folder};
 use crate::import::{Import, Kind};
 use crate::plan::{Device, Place, Plan, User};
 use crate::record::Record;
+use crate::subids::Namespace;
 
 /// A jail's folders, open and locked.
 #[derive(Debug)]
@@ -32,24 +35,33 @@ pub struct Jail {
     pub fresh: bool,
 }
 
-/// The files of a device or of an import that stand for what is mounted over them, in the root.
+/// The root of the VM, in the jail's folder.
+pub const ROOT: &str = "root";
+/// What stands for imports, in the root.
 pub const IMPORT_FOLDER: &str = "import";
 /// The config with the paths of the jail.
 pub const CONFIG: &str = "config.json";
 
 impl Jail {
-    /// Makes the folders, and locks the jail.
-    pub fn enter(place: &Place, user: User) -> Result<Self> {
+    /// Makes the folders, and locks the jail. Who has the jail's files can be known only outside of `namespace`, and what
+    /// belongs to the VM's user be touched only inside.
+    pub fn enter(place: &Place, user: User, namespace: Option<Namespace>) -> Result<Self> {
         let base = Folder {
             fd: fsat::make_absolute(&place.base)?,
             path: place.base.clone(),
         };
         let parent = base.shared_folder(&place.name)?;
         let folder = parent.shared_folder(&place.id)?;
-        let before = folder.stat("root")?;
-        let record = Record::lock(&folder, &place.id, before.as_ref().map(fsat::identity))?;
+        let (record, before) = Record::lock(&folder, &place.id)?;
+        let known = |stat: &Stat| [user, User::own()].iter().any(|user| user.uid == stat.st_uid);
+        if place.rootless && !before.as_ref().is_none_or(known) {
+            let reason = "it belongs to another user's VM; remove it by --cleanup first";
+            let path = place.root();
+            return Err(Error::Unsafe { path, reason });
+        }
+        namespace.map_or(Ok(()), Namespace::enter)?;
         Ok(Self {
-            root: folder.folder("root", 0o700, Some(user))?,
+            root: folder.folder(ROOT, 0o700, Some(user))?,
             fresh: before.is_none(),
             parent,
             folder,
@@ -62,11 +74,9 @@ impl Jail {
         let owner = Some(plan.user);
         let program = self.root.file(&plan.place.name, 0o755, owner)?;
         if plan.copy {
-            copy(
-                &plan.place.program,
-                &program,
-                &self.root.path.join(&plan.place.name),
-            )?;
+            let source = File::open(&plan.place.program);
+            let source = source.map_err(Error::path("open", &plan.place.program))?;
+            copy(source, &program, &self.root.path.join(&plan.place.name))?;
         }
         let dev = self.root.folder("dev", 0o700, owner)?;
         let net = dev.folder("net", 0o700, owner)?;
@@ -114,10 +124,7 @@ impl Jail {
         self.root.remove(&file)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
         let opened = fsat::open(&self.root.fd, Path::new(&file), flags, 0o644);
-        let written = opened.and_then(|fd| {
-            rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o644))?;
-            std::fs::File::from(fd).write_all(pid.to_string().as_bytes())
-        });
+        let written = opened.and_then(|fd| File::from(fd).write_all(pid.to_string().as_bytes()));
         written.map_err(Error::path("write", &path))
     }
 
@@ -135,16 +142,24 @@ fn remove_dead_sockets(folder: &Folder) -> Result {
     for entry in Dir::read_from(&folder.fd).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        // Short, and leads through the open folder only.
-        let path = Path::new("/proc/self/fd")
-            .join(folder.fd.as_raw_fd().to_string())
-            .join(name);
-        let refused = |e: io::Error| e.kind() == io::ErrorKind::ConnectionRefused;
-        if entry.file_type() == FileType::Socket && UnixStream::connect(path).is_err_and(refused) {
+        if entry.file_type() == FileType::Socket && is_dead_socket(folder, name) {
             folder.remove(name)?;
         }
     }
     Ok(())
+}
+
+/// True for a socket that nobody listens to. What has come into its place meanwhile is not called.
+fn is_dead_socket(folder: &Folder, name: &OsStr) -> bool {
+    let Ok(file) = fsat::open(&folder.fd, name, OFlags::PATH, 0) else {
+        return false;
+    };
+    let is_socket = |stat: Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
+    if !rustix::fs::fstat(&file).is_ok_and(is_socket) {
+        return false;
+    }
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Makes a device node; without root, a file that the host's node is mounted over.
@@ -180,19 +195,38 @@ fn stand_in(folder: &Folder, import: &Import, plan: &Plan) -> Result {
         return folder.folder(&import.name, 0o700, owner).map(drop);
     }
     let file = folder.file(&import.name, 0o600, owner)?;
-    if plan.copy && import.kind != Kind::Output {
-        copy(&import.source, &file, &folder.path.join(&import.name))?;
+    if import.is_copied(plan.copy) {
+        copy(
+            open_for_copy(import, plan)?,
+            &file,
+            &folder.path.join(&import.name),
+        )?;
     }
     Ok(())
 }
 
+/// Opens what is to be copied, with the rights of the VM's user.
+fn open_for_copy(import: &Import, plan: &Plan) -> Result<File> {
+    let path = &import.source;
+    // A pipe without a writer would keep the jailer waiting.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    let file = as_user(plan, || fsat::open_source(path, flags))?.map_err(fsat::source_refusal(path))?;
+    let file = File::from(file);
+    match file.metadata().map_err(Error::path("examine", path))?.is_file() {
+        true => Ok(file),
+        false => Err(Error::Unsafe {
+            path: path.clone(),
+            reason: "only regular files can be copied; leave --copy out",
+        }),
+    }
+}
+
 /// Copies a file; on file systems that can, it shares the blocks.
-fn copy(from: &Path, mut to: &std::fs::File, path: &Path) -> Result {
-    let mut source = std::fs::File::open(from).map_err(Error::path("open", from))?;
+fn copy(mut from: File, mut to: &File, path: &Path) -> Result {
     let failed = |source: io::Error| Error::path("write", path)(source);
     to.set_len(0).map_err(failed)?;
-    if rustix::fs::ioctl_ficlone(to.as_fd(), source.as_fd()).is_ok() {
+    if rustix::fs::ioctl_ficlone(to.as_fd(), from.as_fd()).is_ok() {
         return Ok(());
     }
-    io::copy(&mut source, &mut to).map(drop).map_err(failed)
+    io::copy(&mut from, &mut to).map(drop).map_err(failed)
 }

@@ -21,3 +21,4 @@ pub mod outside;
 pub mod plan;
 pub mod record;
 pub mod signals;
+pub mod subids;

@@ -1,15 +1,39 @@
 //! `mayfly-jailer`: starts `mayfly` in a jail. See the library for how.
 
-use std::process::ExitCode;
+#![no_main]
+
+use std::os::fd::AsRawFd;
 
 use jailer::args::{self, Args, Command};
 use jailer::clock::Start;
 use jailer::error::{Error, Result};
 use jailer::plan::{Place, Plan};
 use jailer::{cleanup, outside};
+use rustix::fs::{Mode, OFlags};
 
-fn main() -> ExitCode {
-    let start = Start::now();
+/// Where the C library enters. The start of the standard library would read the process's memory map for a handler of
+/// stack overflows, which costs more than the other steps before the first file is made.
+// SAFETY: the name and the type are what the C library calls, once, with its own arguments.
+#[unsafe(no_mangle)]
+extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int {
+    hold_standard_descriptors();
+    // SAFETY: needed because std does it only in its own start. A write to a pipe that nobody reads is to be an error.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    std::process::exit(jailer(Start::now()).into())
+}
+
+/// Opens `/dev/null` for each standard descriptor that the process was started without. Else the next file opened would
+/// get its number.
+fn hold_standard_descriptors() {
+    while let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
+        if null.as_raw_fd() > 2 {
+            break;
+        }
+        std::mem::forget(null);
+    }
+}
+
+fn jailer(start: Start) -> u8 {
     match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Help) => print!("{}", args::HELP),
         Ok(Command::Version) => println!("mayfly-jailer v{}", env!("CARGO_PKG_VERSION")),
@@ -17,17 +41,14 @@ fn main() -> ExitCode {
         Ok(Command::Cleanup(args)) => return report(clean_up(&args)),
         Err(error) => return report(Err(error.into())),
     }
-    ExitCode::SUCCESS
+    0
 }
 
-fn report(result: Result<u8>) -> ExitCode {
-    match result {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            eprintln!("{error}\nError: {}", error.details());
-            ExitCode::FAILURE
-        }
-    }
+fn report(result: Result<u8>) -> u8 {
+    result.unwrap_or_else(|error| {
+        eprintln!("{error}\nError: {}", error.details());
+        1
+    })
 }
 
 fn run(args: &Args, start: Start) -> Result<u8> {
@@ -58,7 +79,18 @@ fn prepare() -> Result<Option<std::ffi::OsString>> {
 
 /// Says what a jail that root starts has and this one has not.
 fn warn_about_rootless(plan: &Plan) {
-    eprintln!("mayfly-jailer: without root: the VM runs as you, in a user namespace, and keeps your groups");
+    let groups = if plan.keeps_groups {
+        ", and keeps your groups"
+    } else {
+        ""
+    };
+    match plan.has_subordinate_user() {
+        false => eprintln!("mayfly-jailer: without root: the VM runs as you, in a user namespace{groups}"),
+        true => eprintln!(
+            "mayfly-jailer: without root: the VM runs as uid {} and gid {}, which are set aside for you{groups}",
+            plan.user.uid, plan.user.gid
+        ),
+    }
     if plan.cgroups.is_empty() {
         eprintln!(
             "mayfly-jailer: without root: no cgroup limits the VM, unless --cgroup names one in a delegated group"

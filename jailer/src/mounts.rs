@@ -9,14 +9,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
+use crate::confine::as_user;
 use crate::error::{Error, Result};
 use crate::fsat::{self, Identity};
 use crate::import::{Import, Kind};
 use crate::jail::IMPORT_FOLDER;
-use crate::plan::{Plan, User};
+use crate::plan::Plan;
 
 const NOSUID: u64 = libc::MOUNT_ATTR_NOSUID;
 const NODEV: u64 = libc::MOUNT_ATTR_NODEV;
@@ -46,7 +47,7 @@ pub fn enter(plan: &Plan, root: Identity) -> Result {
     mount_devices(plan, &inner)?;
     mount_program(plan, &inner)?;
     for import in plan.imports.iter().flat_map(|imports| &imports.list) {
-        if !plan.copy || matches!(import.kind, Kind::Output | Kind::Folder) {
+        if !import.is_copied(plan.copy) {
             mount_import(plan, import, &inner)?;
         }
     }
@@ -107,11 +108,7 @@ fn mount_devices(plan: &Plan, root: &OwnedFd) -> Result {
 
 fn mount_import(plan: &Plan, import: &Import, root: &OwnedFd) -> Result {
     let path = &import.source;
-    let source = as_user(plan, || open_import(import))?.map_err(|source| Error::Path {
-        doing: "open, as the user of the VM,",
-        path: path.clone(),
-        source,
-    })?;
+    let source = as_user(plan, || open_import(import))?.map_err(fsat::source_refusal(path))?;
     let stat = rustix::fs::fstat(&source).map_err(|e| Error::path("examine", path)(e.into()))?;
     let folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
     if folder != (import.kind == Kind::Folder) {
@@ -148,35 +145,7 @@ fn open_import(import: &Import) -> io::Result<OwnedFd> {
 }
 
 fn open_source(path: &Path) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::openat(
-        CWD,
-        path,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?)
-}
-
-/// Does something with the rights that the VM's user has, so that a config leads root to nothing that this user cannot
-/// reach.
-fn as_user<T>(plan: &Plan, work: impl FnOnce() -> T) -> Result<T> {
-    if plan.place.rootless {
-        return Ok(work());
-    }
-    let User { uid, gid } = plan.user;
-    let change = |uid, gid, first_uid: bool| -> rustix::io::Result<()> {
-        let set_uid = || rustix::thread::set_thread_res_uid(None, Uid::from_raw(uid), None);
-        let set_gid = || rustix::thread::set_thread_res_gid(None, Gid::from_raw(gid), None);
-        // Only root can change the group.
-        if first_uid {
-            set_uid().and_then(|()| set_gid())
-        } else {
-            set_gid().and_then(|()| set_uid())
-        }
-    };
-    change(uid, gid, false).map_err(Error::system("take the rights of the VM's user"))?;
-    let result = work();
-    change(0, 0, true).map_err(Error::system("return to root's rights"))?;
-    Ok(result)
+    fsat::open_source(path, OFlags::PATH)
 }
 
 /// Mounts an open file or folder at a path below a mount. The mount has the attributes of its source, but that the first

@@ -17,11 +17,20 @@ use crate::inside::{self, Inheritance};
 use crate::jail::Jail;
 use crate::plan::{After, Network, Plan, User};
 use crate::signals::{self, Blocked};
+use crate::subids::Namespace;
 
 /// Makes the jail and starts the program in it. Returns the exit code, once the program has ended or is left alone.
 pub fn run(plan: &Plan, start: Start) -> Result<u8> {
-    let umask = rustix::process::umask(Mode::from_raw_mode(0o077));
-    let mut jail = Jail::enter(&plan.place, plan.user)?;
+    let umask = rustix::process::umask(Mode::from_raw_mode(fsat::UMASK));
+    if !plan.place.rootless {
+        rustix::thread::set_thread_groups(&[]).map_err(Error::system("drop groups"))?;
+    }
+    // First, as it changes nothing that stays.
+    let namespace = plan
+        .has_subordinate_user()
+        .then(|| Namespace::make(User::own(), plan.user))
+        .transpose()?;
+    let mut jail = Jail::enter(&plan.place, plan.user, namespace)?;
     match launch(plan, &mut jail, umask, start) {
         Ok((pid, signals)) => match plan.after {
             After::Leave | After::Daemon => Ok(0),
@@ -63,10 +72,10 @@ fn launch(plan: &Plan, jail: &mut Jail, umask: Mode, start: Start) -> Result<(Pi
         umask,
         start: start.with_cpu_time(),
     };
-    let Some(pid) = clone(plan)? else {
+    let Some(pid) = make_process(plan)? else {
         // The jailer's ends are not the new process's.
         drop((go_in, status_out));
-        inside::run(plan, inheritance)
+        inside::run(plan, &inheritance)
     };
     drop(inheritance);
     let result = send_off(plan, jail, pid, go_in).and_then(|go| {
@@ -100,15 +109,33 @@ fn open_netns(network: &Network) -> Result<Option<OwnedFd>> {
 }
 
 /// Makes the new process in its namespaces; none in that process itself.
-fn clone(plan: &Plan) -> Result<Option<Pid>> {
+fn make_process(plan: &Plan) -> Result<Option<Pid>> {
     let mut flags =
         libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::SIGCHLD;
-    if plan.place.rootless {
+    let own_map = plan.place.rootless && !plan.has_subordinate_user();
+    if own_map {
         flags |= libc::CLONE_NEWUSER;
     }
     if plan.network == Network::None {
         flags |= libc::CLONE_NEWNET;
     }
+    clone(flags).map_err(|source| match own_map {
+        true => no_user_namespace(source),
+        false => Error::system("make a process in new namespaces")(source),
+    })
+}
+
+/// Why there is no user namespace.
+pub fn no_user_namespace(source: io::Error) -> Error {
+    Error::UserNamespace {
+        source,
+        hint: "See whether user.max_user_namespaces is 0 or AppArmor restricts them \
+               (kernel.apparmor_restrict_unprivileged_userns), or start the jailer as root",
+    }
+}
+
+/// Makes a process that goes on from here; none in that process itself.
+pub fn clone(flags: libc::c_int) -> io::Result<Option<Pid>> {
     const NONE: libc::c_long = 0;
     // SAFETY: needed because no wrapper makes a process in new namespaces. Without a stack and shared memory the call is a
     // fork, and this process has one thread, so that no lock is held in the new one.
@@ -117,19 +144,14 @@ fn clone(plan: &Plan) -> Result<Option<Pid>> {
     match i32::try_from(pid) {
         Ok(0) => Ok(None),
         Ok(pid) if pid > 0 => Ok(Pid::from_raw(pid)),
-        _ if plan.place.rootless => Err(Error::UserNamespace {
-            source,
-            hint: "See whether user.max_user_namespaces is 0 or AppArmor restricts them \
-                   (kernel.apparmor_restrict_unprivileged_userns), or start the jailer as root",
-        }),
-        _ => Err(Error::system("make a process in new namespaces")(source)),
+        _ => Err(source),
     }
 }
 
 /// Does what the new process cannot do for itself, and lets it go. Returns what tells it that the jailer lives.
 fn send_off(plan: &Plan, jail: &mut Jail, pid: Pid, go: OwnedFd) -> Result<File> {
     let number = pid.as_raw_pid();
-    if plan.place.rootless {
+    if plan.place.rootless && !plan.has_subordinate_user() {
         map_user(number, plan.user).map_err(Error::system("map the user into the user namespace"))?;
     }
     plan.cgroups.iter().try_for_each(|group| group.add(number))?;
@@ -151,8 +173,10 @@ fn map_user(pid: i32, user: User) -> io::Result<()> {
 
 /// Waits for the end of the program, and passes signals on. `_jail` stays locked meanwhile.
 fn keep(plan: &Plan, pid: Pid, signals: &Blocked, _jail: Jail) -> Result<u8> {
-    if !plan.place.rootless {
-        confine::drop_privileges(plan.user, false)?;
+    if plan.has_subordinate_user() {
+        confine::keep_right_to_signal()?;
+    } else if !plan.place.rootless {
+        confine::become_user(plan.user)?;
     }
     let mut last = 0;
     loop {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::args::{Args, ArgsError};
 use crate::cgroup;
 use crate::error::{Error, Result};
-use crate::import::Imports;
+use crate::import::{ConfigFile, Imports};
 
 /// Where jails are when the command line does not say.
 const DEFAULT_BASE: &str = "/srv/jailer";
@@ -43,6 +43,16 @@ pub struct User {
     pub uid: u32,
     /// The group id.
     pub gid: u32,
+}
+
+impl User {
+    /// Whom this process runs as.
+    pub fn own() -> Self {
+        Self {
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+        }
+    }
 }
 
 /// What the jailer does once the program runs.
@@ -80,6 +90,18 @@ pub struct Device {
     pub required: bool,
 }
 
+impl Device {
+    /// True if everybody may use the host's, so that no group is needed for it.
+    fn is_for_all(&self) -> bool {
+        const EVERYBODY: u32 = 0o006;
+        match Path::new("/dev").join(self.path).metadata() {
+            Ok(file) => file.mode() & EVERYBODY == EVERYBODY,
+            // That it is missing is said when it is mounted.
+            Err(_) => true,
+        }
+    }
+}
+
 /// Limits of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -95,6 +117,8 @@ pub struct Limits {
 pub struct Plan {
     pub place: Place,
     pub user: User,
+    /// The VM keeps the groups of whoever starts it.
+    pub keeps_groups: bool,
     pub after: After,
     pub network: Network,
     pub devices: Vec<Device>,
@@ -155,21 +179,26 @@ impl Place {
 }
 
 impl Plan {
+    /// True if the VM's ids are neither root's to give nor the user's own: subordinate ones.
+    pub fn has_subordinate_user(&self) -> bool {
+        self.place.rootless && self.user != User::own()
+    }
+
     /// Works out what is to be made. Nothing is changed, but files may be read.
     pub fn new(args: &Args, runtime: Option<OsString>) -> Result<Self> {
         let place = Place::new(args, runtime)?;
-        let user = user(args, &place)?;
-        let imports = match &args.config_file {
-            Some(path) => Some(Imports::read(path)?),
-            None => None,
-        };
+        let config = args.config_file.as_deref().map(ConfigFile::open).transpose()?;
+        let user = user(args, &place, config.as_ref())?;
+        let imports = config.as_ref().map(Imports::read).transpose()?;
         let taps = imports.as_ref().is_none_or(Imports::has_taps);
         let network = match &args.netns {
             Some(path) => Network::Join(path.clone()),
             None if taps => Network::Same,
             None => Network::None,
         };
+        let devices = devices(&args.devices, taps)?;
         Ok(Self {
+            keeps_groups: place.rootless && (user == User::own() || !devices.iter().all(Device::is_for_all)),
             after: match (args.daemonize, args.new_pid_ns) {
                 (true, _) => After::Daemon,
                 (false, true) => After::Leave,
@@ -177,7 +206,7 @@ impl Plan {
             },
             limits: limits(&args.resource_limits)?,
             cgroups: cgroup::plan(&cgroup::Request::new(args, &place)?)?,
-            devices: devices(&args.devices, taps)?,
+            devices,
             copy: args.copy,
             extra: args.extra.clone(),
             place,
@@ -204,13 +233,10 @@ fn check_id(id: &str) -> Result {
 }
 
 /// Whom the VM runs as, by the rules that the help text tells.
-fn user(args: &Args, place: &Place) -> Result<User> {
-    let default = match (place.rootless, &args.config_file) {
-        (true, _) => Some(User {
-            uid: rustix::process::geteuid().as_raw(),
-            gid: rustix::process::getegid().as_raw(),
-        }),
-        (false, Some(config)) => Some(owner(config, &place.id)?),
+fn user(args: &Args, place: &Place, config: Option<&ConfigFile>) -> Result<User> {
+    let default = match (place.rootless, config) {
+        (true, _) => Some(User::own()),
+        (false, Some(config)) => Some(owner(config.owner, &place.id)),
         (false, None) => None,
     };
     let uid = match &args.uid {
@@ -222,14 +248,13 @@ fn user(args: &Args, place: &Place) -> Result<User> {
         None => default.ok_or(ArgsError::Required("gid"))?.gid,
     };
     let user = User { uid, gid };
-    match default.filter(|own| place.rootless && *own != user) {
-        None => Ok(user),
-        Some(own) if own.uid != uid => Err(Error::Uid(format!(
-            "{uid}. Only root can start a jail for others"
-        ))),
-        Some(_) => Err(Error::Gid(format!(
-            "{gid}. Only root can start a jail for others"
-        ))),
+    let own = default.filter(|own| place.rootless && *own != user);
+    let both = "without root, --uid and --gid are both yours or both set aside for you";
+    match own {
+        // The map has each id once.
+        Some(own) if own.uid == uid => Err(Error::Uid(format!("{uid}, {both}"))),
+        Some(own) if own.gid == gid => Err(Error::Gid(format!("{gid}, {both}"))),
+        _ => Ok(user),
     }
 }
 
@@ -239,19 +264,15 @@ fn id(text: &str) -> Option<u32> {
 }
 
 /// The owner of the config file; for root a user that no other jail has, made from the VM's name (FNV-1a).
-fn owner(config: &Path, vm: &str) -> Result<User> {
-    let file = config.metadata().map_err(Error::path("read", config))?;
-    if file.uid() != 0 {
-        return Ok(User {
-            uid: file.uid(),
-            gid: file.gid(),
-        });
+fn owner(of_config: User, vm: &str) -> User {
+    if of_config.uid != 0 {
+        return of_config;
     }
     let hash = vm.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
         (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
     });
     let own = FIRST_OWN_UID + (hash >> 4);
-    Ok(User { uid: own, gid: own })
+    User { uid: own, gid: own }
 }
 
 fn limits(given: &[String]) -> Result<Limits> {
@@ -364,11 +385,13 @@ mod tests {
 
     #[test]
     fn jails_whose_config_is_roots_have_users_of_their_own() {
-        let config = Path::new("/proc/version");
-        let (one, two) = (owner(config, "vm1").unwrap(), owner(config, "vm2").unwrap());
+        let root = User { uid: 0, gid: 0 };
+        let (one, two) = (owner(root, "vm1"), owner(root, "vm2"));
         assert_ne!(one, two);
-        assert_eq!(one, owner(config, "vm1").unwrap());
+        assert_eq!(one, owner(root, "vm1"));
         assert!((0x7000_0000..0x8000_0000).contains(&one.uid));
+        let other = User { uid: 7, gid: 0 };
+        assert_eq!(owner(other, "vm1"), other);
     }
 
     #[test]

@@ -5,11 +5,12 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::fsat::{Folder, Identity};
+use crate::fsat::{self, Folder, Identity};
+use crate::jail::ROOT;
 
 /// The name of the file in the folder of a jail.
 pub const NAME: &str = "record";
@@ -28,9 +29,9 @@ pub struct Record {
 }
 
 impl Record {
-    /// Locks the record in a jail's folder, and makes it if it is not there. Fails if the jail is in use: `root` is the
-    /// root of the jail, if it is there.
-    pub fn lock(folder: &Folder, id: &str, root: Option<Identity>) -> Result<Self> {
+    /// Locks the record in a jail's folder, and makes it if it is not there. Fails if the jail is in use. Returns also what
+    /// the jail's root is, if it is there.
+    pub fn lock(folder: &Folder, id: &str) -> Result<(Self, Option<Stat>)> {
         let path = folder.path.join(NAME);
         let mut record = Self {
             file: folder.file(NAME, 0o600, None)?,
@@ -42,11 +43,23 @@ impl Record {
         record.read()?;
         let live = |pid| Error::Live { id: id.into(), pid };
         match (locked, record.pid) {
-            (Err(Errno::WOULDBLOCK), Some(pid)) => Err(live(pid)),
-            (Err(Errno::WOULDBLOCK), None) => Err(Error::Busy(id.into())),
-            (Err(e), _) => Err(Error::path("lock", &record.path)(e.into())),
-            (Ok(()), Some(pid)) if root.is_some() && root == root_of(pid) => Err(live(pid)),
-            (Ok(()), _) => Ok(record),
+            (Ok(()), _) => {}
+            (Err(Errno::WOULDBLOCK), Some(pid)) => return Err(live(pid)),
+            (Err(Errno::WOULDBLOCK), None) => return Err(Error::Busy(id.into())),
+            (Err(e), _) => return Err(Error::path("lock", &record.path)(e.into())),
+        }
+        let own = fsat::identity_of(&record.file).map_err(Error::path("examine", &record.path))?;
+        if folder.stat(NAME)?.as_ref().map(fsat::identity) != Some(own) {
+            // Whoever held the lock before has removed the jail.
+            return Err(Error::Busy(id.into()));
+        }
+        // Not before: until the lock is there, another jailer may make it.
+        let root = folder.stat(ROOT)?;
+        match record.pid {
+            Some(pid) if root.is_some() && root.as_ref().map(fsat::identity) == root_of(pid) => {
+                Err(live(pid))
+            }
+            _ => Ok((record, root)),
         }
     }
 
@@ -102,5 +115,5 @@ impl Record {
 /// The root of a process; none if it has ended, or is none of ours.
 fn root_of(pid: i32) -> Option<Identity> {
     let stat = rustix::fs::stat(format!("/proc/{pid}/root")).ok()?;
-    Some(crate::fsat::identity(&stat))
+    Some(fsat::identity(&stat))
 }

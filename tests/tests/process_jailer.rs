@@ -271,9 +271,9 @@ fn a_vm_of_an_ordinary_user_has_no_rights() -> Result {
 fn ordinary_users_start_vms_for_themselves_only() -> Result {
     let jail = Jail::new("other-user", Starter::User)?;
     jail.run(&["--uid=0"])?
-        .assert_refused("Invalid uid: 0. Only root");
+        .assert_refused("Invalid gid: 54321, without root, --uid and --gid are both");
     jail.run(&["--gid=7"])?
-        .assert_refused("Invalid gid: 7. Only root");
+        .assert_refused("Invalid uid: 54321, without root, --uid and --gid are both");
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use mayfly_tests::jail::{JAIL_USER, Jail, Starter};
 use mayfly_tests::{Client, Result, steps};
@@ -304,6 +305,68 @@ impl Drop for Mounted {
     }
 }
 
+/// What the jailer says to a config of the user that names a file, imported in both ways by root.
+fn said_of_import(jail: &Jail, path: &str) -> Result<[String; 2]> {
+    let config = jail.dir().join("vm.json");
+    fs::write(
+        &config,
+        format!(r#"{{"drives": [{{"path_on_host": "{path}"}}]}}"#),
+    )?;
+    let import = ["--config-file=vm.json", "--import"];
+    let mounted = jail.run(&import)?;
+    let copied = jail.run(&[&import[..], &["--copy"]].concat())?;
+    assert_eq!((mounted.code, copied.code), (1, 1), "{mounted:?} {copied:?}");
+    assert!(!jail.folder().exists());
+    Ok([mounted.stderr, copied.stderr])
+}
+
+#[test]
+fn a_config_leads_root_to_nothing_that_the_vms_user_cannot_reach() -> Result {
+    let jail = Jail::new("secret", Starter::Root)?;
+    let secret = jail.dir().join("secret");
+    fs::create_dir(&secret)?;
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o700))?;
+    fs::write(secret.join("file"), "of root")?;
+    for said in said_of_import(&jail, "secret/file")? {
+        assert!(
+            said.starts_with("Failed to open, as the user of the VM,"),
+            "{said}"
+        );
+    }
+    fs::write(jail.dir().join("shadow"), "of root")?;
+    fs::set_permissions(jail.dir().join("shadow"), fs::Permissions::from_mode(0o600))?;
+    let [mounted, copied] = said_of_import(&jail, "shadow")?;
+    assert!(mounted.starts_with("Failed to read and write "), "{mounted}");
+    assert!(
+        copied.starts_with("Failed to open, as the user of the VM,"),
+        "{copied}"
+    );
+    Ok(())
+}
+
+#[test]
+fn links_of_proc_lead_a_config_to_nothing() -> Result {
+    let jail = Jail::new("magic", Starter::Root)?;
+    for said in said_of_import(&jail, "/proc/self/fd/0")? {
+        assert!(said.contains("it leads over a link of /proc"), "{said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn only_regular_files_are_copied() -> Result {
+    let jail = Jail::new("zero", Starter::Root)?;
+    fs::write(
+        jail.dir().join("vm.json"),
+        r#"{"drives": [{"path_on_host": "/dev/zero"}]}"#,
+    )?;
+    jail.run(&["--config-file=vm.json", "--import", "--copy"])?
+        .assert_refused("The path /dev/zero is not safe: only regular files can be copied");
+    jail.run(&["--config-file=/dev/zero", "--import"])?
+        .assert_refused("The config file /dev/zero cannot be imported: it is no regular file");
+    Ok(())
+}
+
 #[test]
 fn a_full_disk_is_reported_and_leaves_no_jail() -> Result {
     for starter in BOTH {
@@ -394,9 +457,8 @@ fn a_cgroup_that_a_user_may_not_make_is_refused() -> Result {
     Ok(())
 }
 
-/// Kills the jailer, or the process that it makes, at every step; then the next start must work. How many steps between
-/// two tries is a matter of time.
-fn assert_survives_kills(starter: Starter, stride: usize) -> Result {
+/// Kills the jailer, or the process that it makes, at every step; then the next start must work.
+fn assert_survives_kills(starter: Starter) -> Result {
     let jail = Jail::new("killed", starter)?;
     let args = [
         "--copy",
@@ -412,11 +474,7 @@ fn assert_survives_kills(starter: Starter, stride: usize) -> Result {
     };
     let mut step = 1;
     let started = loop {
-        let mut command = jail.command(args);
-        command
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null());
-        if !steps::kill_at(&mut command, step)? {
+        if !kill_at(jail.command(args), step)? {
             break step;
         }
         let ended = jail.run(args)?;
@@ -429,9 +487,9 @@ fn assert_survives_kills(starter: Starter, stride: usize) -> Result {
             !mounts.contains(&jail.base().display().to_string()),
             "step {step}: {mounts}"
         );
-        step += stride;
+        step += 1;
     };
-    assert!(started > 100, "{started} steps are no start of a jail");
+    assert!(started > 40, "{started} steps are no start of a jail");
     let vm = jail.start(&[])?;
     assert!(Client::connect(&jail.socket()).is_ok());
     vm.kill()?;
@@ -439,12 +497,36 @@ fn assert_survives_kills(starter: Starter, stride: usize) -> Result {
     Ok(())
 }
 
+fn kill_at(mut command: Command, step: usize) -> Result<bool> {
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    steps::kill_at(&mut command, step)
+}
+
 #[test]
 fn a_death_of_roots_jailer_at_any_step_blocks_nothing() -> Result {
-    assert_survives_kills(Starter::Root, 3)
+    assert_survives_kills(Starter::Root)
 }
 
 #[test]
 fn a_death_of_a_users_jailer_at_any_step_blocks_nothing() -> Result {
-    assert_survives_kills(Starter::User, 3)
+    assert_survives_kills(Starter::User)
+}
+
+#[test]
+fn a_death_while_a_jail_is_removed_blocks_nothing() -> Result {
+    let jail = Jail::new("killed-cleanup", Starter::Root)?;
+    for step in 1.. {
+        assert_eq!(jail.run(&["--", "--version"])?.code, 0);
+        fs::create_dir_all(jail.root().join("run/a/b"))?;
+        fs::write(jail.root().join("run/a/b/file"), "x")?;
+        if !kill_at(jail.command(&["--cleanup"]), step)? {
+            assert!(step > 15, "{step} steps remove no jail");
+            break;
+        }
+        if jail.folder().exists() {
+            jail.clean_up()?.assert_success();
+        }
+        assert!(!jail.folder().exists(), "step {step}");
+    }
+    Ok(())
 }
