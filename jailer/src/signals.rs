@@ -74,7 +74,10 @@ impl Blocked {
 
     /// Ends this process by a signal, as the monitor was ended.
     pub fn die_by(&self, signal: Signal) -> ! {
-        // It ends the process by the second call at the latest, unless it is ignored.
+        // Who starts the jailer may have made it ignore the signal, and the monitor has not.
+        // SAFETY: needed because no wrapper in use changes actions. It takes plain numbers.
+        unsafe { libc::signal(signal.as_raw(), libc::SIG_DFL) };
+        // It ends the process by the second call at the latest.
         drop(self.restore());
         let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
         std::process::exit(128 + signal.as_raw())

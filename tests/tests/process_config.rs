@@ -2,9 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use mayfly_tests::{HOST_TIMEOUT, MonitorBuilder, Result, Scratch, TinyKernel, wait_until};
+use mayfly_tests::{HOST_TIMEOUT, MonitorBuilder, Result, Scratch, Tap, TinyKernel, wait_until};
 use serde_json::{Value, json};
+
+static MACHINES: AtomicU32 = AtomicU32::new(0);
 
 /// A folder with a kernel and a disk, and the config of a machine that has everything.
 fn everything() -> Result<(Scratch, Value)> {
@@ -21,9 +24,11 @@ fn everything() -> Result<(Scratch, Value)> {
             "io_engine": "Async", "socket": null,
         })
     };
+    // Tests that run at the same time each have taps of their own.
+    let number = MACHINES.fetch_add(1, Ordering::Relaxed);
     let net = |id: &str, mac: &str| {
         json!({
-            "iface_id": id, "host_dev_name": format!("mfcfg{id}"), "guest_mac": mac, "mtu": 1400,
+            "iface_id": id, "host_dev_name": format!("mfcfg{number}{id}"), "guest_mac": mac, "mtu": 1400,
             "rx_rate_limiter": limiter, "tx_rate_limiter": null,
         })
     };
@@ -135,7 +140,10 @@ fn a_good_file_is_checked_without_leaving_anything_behind() -> Result {
         "{stdout}"
     );
     assert_eq!(files(&scratch)?, before);
-    assert!(!Path::new("/sys/class/net/mfcfga").exists());
+    for net in config["network-interfaces"].as_array().into_iter().flatten() {
+        let tap = net["host_dev_name"].as_str().unwrap_or_default();
+        assert!(!Tap::exists(tap), "{tap}");
+    }
     Ok(())
 }
 

@@ -117,6 +117,9 @@ impl Backend for Platter {
         // As with a hole in a file, the end stays where it is.
         let end = range.end.min(self.size());
         let len = usize::try_from(end.saturating_sub(range.start)).unwrap();
+        if len == 0 {
+            return Ok(());
+        }
         put(self, range.start, &vec![0; len])
     }
 }
