@@ -88,6 +88,7 @@ openapi_tests() {
 
 guest_tests() {
     resources/guest/build.sh || return
+    resources/guest/tools.sh || return
     list_tests "${guest[@]}" >"$LOGS/pending"
     run_in_lab guest "$MAYFLY_TEST_THREADS"
 }

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::Tap;
+use crate::{GuestImage, Result, Tap};
+
+/// The serial number of the disk of [`Drive::tools`].
+pub(crate) const TOOLS: &str = "tools";
 
 /// A disk.
 #[derive(Debug, Clone)]
@@ -15,6 +18,11 @@ impl Drive {
     pub fn new(id: &str, image: impl AsRef<Path>) -> Self {
         let path = image.as_ref().display().to_string();
         Self(json!({"drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": false}))
+    }
+
+    /// The disk of Debian's programs, for [`Guest::mount_tools`](crate::Guest::mount_tools).
+    pub fn tools() -> Result<Self> {
+        Ok(Self::new(TOOLS, GuestImage::Tools.path()?).read_only())
     }
 
     /// Makes it the root disk.
@@ -38,7 +46,8 @@ impl Drive {
         self
     }
 
-    pub(crate) fn into_json(self) -> Value {
+    /// Its settings, as the body of a request.
+    pub fn into_json(self) -> Value {
         self.0
     }
 }

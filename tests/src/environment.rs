@@ -37,7 +37,7 @@ pub(crate) fn jailer() -> Result<PathBuf> {
     path.canonicalize().map_err(|_| missing())
 }
 
-/// One of the files that `resources/guest/build.sh` makes.
+/// One of the files that `resources/guest/build.sh` and `tools.sh` make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuestImage {
     /// The kernel as an ELF file with a PVH note.
@@ -48,6 +48,8 @@ pub enum GuestImage {
     Initramfs,
     /// The same as a root disk.
     Rootfs,
+    /// A disk of Debian's programs, see [`Guest::mount_tools`](crate::Guest::mount_tools).
+    Tools,
 }
 
 impl GuestImage {
@@ -60,10 +62,16 @@ impl GuestImage {
             Self::BzImage => "bzImage",
             Self::Initramfs => "initramfs.cpio.gz",
             Self::Rootfs => "rootfs.ext4",
+            Self::Tools => "tools.ext4",
         });
+        let script = if self == Self::Tools {
+            "tools.sh"
+        } else {
+            "build.sh"
+        };
         let missing = || {
             Failure::new(format!(
-                "no guest image {}: run resources/guest/build.sh",
+                "no guest image {}: run resources/guest/{script}",
                 path.display()
             ))
         };

@@ -4,6 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::agent::{Collector, Line, Progress, run_line};
+use crate::devices::TOOLS;
 use crate::{Failure, GUEST_TIMEOUT, Monitor, Result};
 
 /// How long the rest of an answer may take after its beginning before it is asked for again.
@@ -62,6 +63,31 @@ impl<'a> Guest<'a> {
         Err(self.monitor.failure(&format!(
             "in the guest, `{script}` ended with {code} and said: {stdout}"
         )))
+    }
+
+    /// Waits for the disk with this serial number, which is its drive's id, and returns its name.
+    pub fn disk(&self, serial: &str) -> Result<String> {
+        let path = self.check(&format!(
+            "n=0; until grep -lsx {serial} /sys/block/*/serial; do n=$((n + 1)); [ $n -lt 300 ] || exit 1; sleep 0.1; done"
+        ))?;
+        path.split('/')
+            .nth(3)
+            .map(str::to_owned)
+            .ok_or_else(|| Failure::new(format!("no disk {serial} but {path:?}")))
+    }
+
+    /// Makes the programs of [`Drive::tools`](crate::Drive::tools) available in `/tools`.
+    pub fn mount_tools(&self) -> Result {
+        let disk = self.disk(TOOLS)?;
+        self.check(&format!("mkdir /tools && mount -t ext4 -o ro /dev/{disk} /tools"))
+            .map(drop)
+    }
+
+    /// The guest's kernel has met no error of a disk, and no stop.
+    pub fn assert_no_complaints(&self) -> Result {
+        let complaints = self.run("dmesg | grep -E 'I/O error|EXT4-fs error|stall|lockup|BUG:'")?;
+        assert_eq!(complaints.stdout, "");
+        Ok(())
     }
 
     /// Runs a script that ends the machine, so that no answer is awaited.

@@ -14,13 +14,6 @@ fn await_in(guest: Guest<'_>, condition: &str) -> Result<String> {
     ))
 }
 
-/// The name of the disk with this serial number, when it is there.
-fn disk(guest: Guest<'_>, serial: &str) -> Result<String> {
-    await_in(guest, &format!("grep -qsx {serial} /sys/block/*/serial"))?;
-    let path = guest.check(&format!("grep -lsx {serial} /sys/block/*/serial"))?;
-    Ok(path.split('/').nth(3).unwrap_or_default().to_owned())
-}
-
 fn put(vm: &Vm, resource: &str, id: &str, config: &Value) -> Result {
     vm.put(&format!("/{resource}/{id}"), config)?.success().map(drop)
 }
@@ -47,7 +40,7 @@ fn assert_a_disk_comes_and_goes(vm: &Vm, scratch: &Scratch) -> Result {
     let content = pattern(8 * MIB);
     let image = scratch.file("hot", &content)?;
     put(vm, "drives", "hot", &drive("hot", &image))?;
-    let name = disk(guest, "hot")?;
+    let name = guest.disk("hot")?;
     let sum = guest.check(&format!("md5sum < /dev/{name}"))?;
     assert_eq!(sum, guest.check("md5sum < /dev/vda")?);
     guest.check(&format!("echo changed | dd of=/dev/{name} conv=notrunc,fsync"))?;
@@ -98,12 +91,12 @@ fn assert_a_disk_can_be_taken_away(vm: &Vm, scratch: &Scratch) -> Result {
     let guest = vm.guest();
     let image = scratch.file("lost", pattern(MIB))?;
     put(vm, "drives", "lost", &drive("lost", &image))?;
-    let name = disk(guest, "lost")?;
+    let name = guest.disk("lost")?;
     delete(vm, "/drives/lost", r#"{"force": true}"#)?;
     await_in(guest, &format!("! [ -e /sys/block/{name} ]"))?;
     // The guest is well, and its next disk may come to the same place.
     put(vm, "drives", "next", &drive("next", &image))?;
-    disk(guest, "next")?;
+    guest.disk("next")?;
     delete(vm, "/drives/next", r#"{"timeout_ms": 20000}"#)
 }
 
@@ -169,7 +162,7 @@ fn plugging_again_and_again_leaks_nothing_and_loses_no_io() -> Result {
     let mut before = None;
     for cycle in 0..cycles {
         put(&vm, "drives", "hot", &drive("hot", &hot))?;
-        disk(guest, "hot")?;
+        guest.disk("hot")?;
         delete(&vm, "/drives/hot", r#"{"timeout_ms": 30000}"#)?;
         // What the first cycles allocate stays for the next.
         if cycle == 3 {

@@ -19,15 +19,6 @@ fn cow(id: &str, image: &Path) -> Drive {
         .with("backing", "allow")
 }
 
-/// The name of the disk with this serial number, once it is there.
-fn disk(vm: &Vm, serial: &str) -> Result<String> {
-    let find = format!(
-        "n=0; until grep -lsx {serial} /sys/block/*/serial; do n=$((n + 1)); [ $n -lt 300 ] || exit 1; sleep 0.1; done"
-    );
-    let path = vm.guest().check(&find)?;
-    Ok(path.split('/').nth(3).unwrap_or_default().to_owned())
-}
-
 fn path(file: &Path) -> &str {
     file.to_str().unwrap_or_default()
 }
@@ -84,8 +75,8 @@ fn assert_a_disk_comes_and_goes(vm: &Vm, scratch: &Scratch) -> Result {
     let config = json!({"drive_id": "hot", "path_on_host": image, "is_root_device": false, "cache_type": "Writeback",
         "format": "qcow2"});
     vm.put("/drives/hot", &config)?.success()?;
-    let name = disk(vm, "hot")?;
     let guest = vm.guest();
+    let name = guest.disk("hot")?;
     guest.check(&format!(
         "mkdir -p /hot && mke2fs /dev/{name} && mount -t ext4 /dev/{name} /hot"
     ))?;
