@@ -30,6 +30,11 @@ impl Subnet {
         Tap::create(&format!("mftest{}", self.0), self.host())
     }
 
+    /// The same, as `ip tuntap add ... multi_queue` makes it.
+    pub fn multi_queue_tap(self) -> Result<Tap> {
+        Tap::create_multi_queue(&format!("mftest{}", self.0), self.host())
+    }
+
     /// The kernel's argument that gives the guest's `eth0` its address.
     pub fn boot_arg(self) -> String {
         format!("mayfly.ip={}/24", self.guest())

@@ -21,11 +21,22 @@ const PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Tap {
     name: String,
+    /// [`libc::IFF_MULTI_QUEUE`], or none.
+    queues: i32,
 }
 
 impl Tap {
     /// Creates it; needs the right to, as root has.
     pub fn create(name: &str, address: Ipv4Addr) -> Result<Self> {
+        Self::create_with(name, address, 0)
+    }
+
+    /// The same, as `ip tuntap add ... multi_queue` makes it.
+    pub fn create_multi_queue(name: &str, address: Ipv4Addr) -> Result<Self> {
+        Self::create_with(name, address, libc::IFF_MULTI_QUEUE)
+    }
+
+    fn create_with(name: &str, address: Ipv4Addr, queues: i32) -> Result<Self> {
         let failed = |what: &str, e: io::Error| {
             Failure::new(format!(
                 "cannot {what} tap {name}: {e} (is this root, and the tun module loaded?)"
@@ -36,15 +47,18 @@ impl Tap {
                 "there is a network interface {name} already; remove it"
             )));
         }
-        set_persistent(name, true).map_err(|e| failed("create", e))?;
-        let tap = Self { name: name.into() };
+        set_persistent(name, queues, true).map_err(|e| failed("create", e))?;
+        let tap = Self {
+            name: name.into(),
+            queues,
+        };
         configure(name, address).map_err(|e| failed("configure", e))?;
         Ok(tap)
     }
 
     /// Lets a user without rights attach to it.
     pub fn give_to(&self, user: u32) -> Result {
-        let tun = attach(&self.name)?;
+        let tun = attach(&self.name, self.queues)?;
         // SAFETY: needed because the standard library knows no taps. This request takes a plain number.
         match unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETOWNER, libc::c_ulong::from(user)) } {
             0 => Ok(()),
@@ -59,7 +73,7 @@ impl Tap {
 
     /// Opens it, as an orchestrator does that passes it on.
     pub fn open(&self) -> Result<File> {
-        Ok(patiently(|| attach(&self.name))?)
+        Ok(patiently(|| attach(&self.name, self.queues))?)
     }
 
     /// True when there is a network interface of this name.
@@ -70,7 +84,7 @@ impl Tap {
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        if let Err(error) = patiently(|| set_persistent(&self.name, false)) {
+        if let Err(error) = patiently(|| set_persistent(&self.name, self.queues, false)) {
             eprintln!("cannot remove tap {}: {error}", self.name);
         }
     }
@@ -88,18 +102,18 @@ fn patiently<T>(attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
 }
 
 /// Attaches to the tap, which creates it when it is not there.
-fn attach(name: &str) -> io::Result<File> {
+fn attach(name: &str, queues: i32) -> io::Result<File> {
     let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let mut request = request(name)?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues;
     request.ifr_ifru.ifru_flags = i16::try_from(flags).map_err(io::Error::other)?;
     ioctl(&tun, libc::TUNSETIFF, &mut request)?;
     Ok(tun)
 }
 
 /// Makes the tap stay, for which it is created when it is not there, or go.
-fn set_persistent(name: &str, persistent: bool) -> io::Result<()> {
-    let tun = attach(name)?;
+fn set_persistent(name: &str, queues: i32, persistent: bool) -> io::Result<()> {
+    let tun = attach(name, queues)?;
     // SAFETY: needed because the standard library knows no taps. This request takes a plain number.
     match unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETPERSIST, i32::from(persistent)) } {
         0 => Ok(()),

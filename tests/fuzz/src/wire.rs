@@ -26,15 +26,15 @@ impl Backend for Wire {
         Ok(())
     }
 
-    fn open_other(&self, _: &str) -> Result<Option<Self>, OpenError> {
-        Ok(None)
+    fn open_other(&self, _: &str, _: u16) -> Result<Vec<Self>, OpenError> {
+        Ok(Vec::new())
     }
 }
 
 /// The far end of a card's wire.
 pub enum Far {
-    /// Of a stand-in for a tap.
-    Tap(UnixDatagram),
+    /// Of stand-ins for the queues of a tap; what comes, comes to all of them.
+    Tap(Vec<UnixDatagram>),
     /// Of a connection to passt.
     Passt(UnixStream),
 }
@@ -43,7 +43,7 @@ impl Far {
     /// Sends a frame with its header. A full socket drops it, as a network may.
     pub fn send(&mut self, frame: &[u8]) {
         match self {
-            Self::Tap(socket) => _ = socket.send(frame),
+            Self::Tap(_) => self.send_raw(frame),
             Self::Passt(_) => {
                 let frame = &frame[HEADER_LEN..];
                 let length = (frame.len() as u32).to_be_bytes();
@@ -55,7 +55,7 @@ impl Far {
     /// Sends bytes as they are.
     pub fn send_raw(&mut self, bytes: &[u8]) {
         match self {
-            Self::Tap(socket) => _ = socket.send(bytes),
+            Self::Tap(sockets) => sockets.iter().for_each(|socket| _ = socket.send(bytes)),
             Self::Passt(stream) => _ = stream.write(bytes),
         }
     }
@@ -64,12 +64,12 @@ impl Far {
     pub fn drain(&mut self) {
         let mut bytes = vec![0; 1 << 20];
         match self {
-            Self::Tap(socket) => {
+            Self::Tap(sockets) => sockets.iter().for_each(|socket| {
                 while let Ok(length) = socket.recv(&mut bytes) {
                     let good = HEADER_LEN..=MAX_FRAME_LEN;
                     assert!(good.contains(&length), "a frame of {length} bytes left");
                 }
-            }
+            }),
             // Where a frame ends is known to who has read from the start, and the stream may end anywhere.
             Self::Passt(stream) => while stream.read(&mut bytes).is_ok_and(|length| length > 0) {},
         }
@@ -92,11 +92,23 @@ pub fn passt_card() -> (Net<Passt>, Far) {
 
 /// A card on a stand-in for a tap, and the far end.
 pub fn card() -> (Net<Wire>, Far) {
+    let (near, far) = wire();
+    (Net::new(&config(), near), Far::Tap(vec![far]))
+}
+
+/// A card with two pairs of queues, and the far ends of both.
+pub fn card_with_pairs() -> (Net<Wire>, Far) {
+    let (near, far) = (0..2).map(|_| wire()).unzip();
+    let card = Net::with_pairs(&config(), near).expect("the host has descriptors left");
+    (card, Far::Tap(far))
+}
+
+fn wire() -> (Wire, UnixDatagram) {
     let (near, far) = UnixDatagram::pair().expect("the host has descriptors left");
     for end in [&near, &far] {
         end.set_nonblocking(true).expect("a socket can be non-blocking");
     }
-    (Net::new(&config(), Wire(near)), Far::Tap(far))
+    (Wire(near), far)
 }
 
 fn config() -> Config {
@@ -112,5 +124,6 @@ fn config() -> Config {
         backend: None,
         socket: None,
         vhost: None,
+        queues: None,
     }
 }

@@ -106,6 +106,14 @@ pub enum ConfigError {
         /// Who has it.
         id: String,
     },
+    /// Two network interfaces with several queues on one tap, of which the kernel refuses none.
+    #[error("Network config error: the tap '{tap}' is already used by interface '{id}'")]
+    TapInUse {
+        /// The tap.
+        tap: String,
+        /// Who has it.
+        id: String,
+    },
     /// The metadata service could not be reached; the prefix is spelled as clients of the API know it.
     #[error("MMMDS config error: {0}")]
     Mmds(#[from] mmds::ConfigError),
@@ -304,6 +312,16 @@ impl VmConfig {
         if let (Some(fd), Some(other)) = (net.host_fd, self.network_interfaces.iter().find(twin)) {
             return Err(ConfigError::DescriptorInUse {
                 fd,
+                id: other.iface_id.clone(),
+            });
+        }
+        let shares = |n: &&net::Config| {
+            let (several, others) = (net.queue_count() > 1, n.queue_count() > 1);
+            n.iface_id != net.iface_id && n.host_dev_name == net.host_dev_name && several && others
+        };
+        if let (Some(tap), Some(other)) = (&net.host_dev_name, self.network_interfaces.iter().find(shares)) {
+            return Err(ConfigError::TapInUse {
+                tap: tap.clone(),
                 id: other.iface_id.clone(),
             });
         }

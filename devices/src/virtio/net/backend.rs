@@ -1,7 +1,7 @@
 //! [`Backend`]: what a network device needs of the host's side: a tap, a peer at a socket, or what tests put in their place.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use super::OpenError;
 use crate::virtio::Buffers;
@@ -24,10 +24,20 @@ pub trait Backend: AsFd + Send {
     /// Gives frames that a driver with these features can take. Frames that wait already are as they are.
     fn set_offloads(&mut self, features: u64) -> io::Result<()>;
 
-    /// The end of another interface of the host, called `name`, with all offloads in use; none when this is it already.
-    fn open_other(&self, name: &str) -> Result<Option<Self>, OpenError>
+    /// The end of another interface of the host, called `name`, with all offloads in use: one for each of `queues`; none
+    /// when this is it already.
+    fn open_other(&self, name: &str, queues: u16) -> Result<Vec<Self>, OpenError>
     where
         Self: Sized;
+
+    /// Of an interface with several queues, which share what comes: lets this one take part, or not. What waits in a
+    /// queue that does not any more is lost.
+    fn set_attached(_queue: BorrowedFd<'_>, _attached: bool) -> io::Result<()>
+    where
+        Self: Sized,
+    {
+        Ok(())
+    }
 
     /// Takes note of what the descriptor tells, which is ready; frames are asked for after this.
     fn on_ready(&mut self) -> io::Result<()> {

@@ -18,6 +18,8 @@ use crate::virtio::VirtioDevice;
 
 /// The smallest MTU: what every IPv4 link must carry (RFC 791).
 pub const MIN_MTU: u16 = 68;
+/// The most pairs of queues of an interface: more than that many vCPUs gain little from one each.
+pub const MAX_QUEUES: u16 = 16;
 /// The most bytes in an interface's name: the kernel's IFNAMSIZ less the final NUL.
 const MAX_NAME_LEN: usize = libc::IFNAMSIZ - 1;
 
@@ -80,6 +82,9 @@ pub struct Config {
     /// The host's kernel moves the frames between queues and tap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost: Option<bool>,
+    /// Pairs of queues, 1 to [`MAX_QUEUES`]; 1 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
 }
 
 impl Serialize for Config {
@@ -162,6 +167,25 @@ pub enum ConfigError {
         /// Which interface.
         iface_id: String,
     },
+    /// The count of pairs of queues is out of range.
+    #[error("interface '{iface_id}' asks for {queues} queues; it must be 1 to {MAX_QUEUES}")]
+    Queues {
+        /// Which interface.
+        iface_id: String,
+        /// What the user wrote.
+        queues: u16,
+    },
+    /// Several pairs of queues, and what works with one only.
+    #[error(
+        "interface '{iface_id}' has several queues, which work on a tap by host_dev_name only and without vhost: \
+         remove queues, or {what}"
+    )]
+    QueuesAnd {
+        /// Which interface.
+        iface_id: String,
+        /// The fields in the way.
+        what: &'static str,
+    },
     /// A move to a tap of what is on none.
     #[error("only an interface on a tap can move to another: this one's backend is passt")]
     NoTap,
@@ -189,6 +213,7 @@ impl Config {
         if self.has_vhost() {
             self.validate_vhost()?;
         }
+        self.validate_queues()?;
         if let Some(mtu) = self.mtu.filter(|&mtu| mtu < MIN_MTU) {
             return Err(ConfigError::Mtu { mtu });
         }
@@ -198,6 +223,27 @@ impl Config {
     /// Whether frames pass by the kernel, where Mayfly does not see them.
     pub fn has_vhost(&self) -> bool {
         self.vhost == Some(true)
+    }
+
+    /// How many pairs of queues it has.
+    pub fn queue_count(&self) -> u16 {
+        self.queues.unwrap_or(1)
+    }
+
+    fn validate_queues(&self) -> Result<(), ConfigError> {
+        let (iface_id, queues) = (self.iface_id.clone(), self.queue_count());
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return Err(ConfigError::Queues { iface_id, queues });
+        }
+        let others = [
+            (self.backend == Some(BackendKind::Passt), "backend passt"),
+            (self.host_fd.is_some(), "host_fd"),
+            (self.has_vhost(), "vhost"),
+        ];
+        match others.iter().find(|(is_there, _)| *is_there && queues > 1) {
+            Some((_, what)) => Err(ConfigError::QueuesAnd { iface_id, what }),
+            None => Ok(()),
+        }
     }
 
     fn validate_vhost(&self) -> Result<(), ConfigError> {
@@ -244,6 +290,7 @@ impl Config {
         self.validate()?;
         match self.backend.unwrap_or_default() {
             BackendKind::Tap if self.has_vhost() => Vhost::new(self, self.tap()?).map(drop),
+            BackendKind::Tap if self.queue_count() > 1 => self.taps().map(drop),
             BackendKind::Tap => self.tap().map(drop),
             BackendKind::Passt => Ok(()),
         }
@@ -254,6 +301,11 @@ impl Config {
             Some(fd) => Tap::inherit(fd),
             None => Tap::open(self.host_dev_name.as_deref().unwrap_or_default()),
         }
+    }
+
+    fn taps(&self) -> Result<Vec<Tap>, OpenError> {
+        let name = self.host_dev_name.as_deref().unwrap_or_default();
+        Tap::open_queues(name, self.queue_count())
     }
 
     /// Opens the host's end and makes the device, which serves `mmds` when that says so.
@@ -268,28 +320,30 @@ impl Config {
         let mmds = mmds.filter(|mmds| mmds.is_served_by(&self.iface_id));
         match self.backend.unwrap_or_default() {
             BackendKind::Tap if self.has_vhost() => Ok(Box::new(Vhost::new(self, self.tap()?)?)),
-            BackendKind::Tap => self.device(self.tap()?, mmds),
+            BackendKind::Tap if self.queue_count() > 1 => {
+                let net = Net::with_pairs(self, self.taps()?);
+                device(net.map_err(|source| OpenError::Descriptors { source })?, mmds)
+            }
+            BackendKind::Tap => device(Net::new(self, self.tap()?), mmds),
             BackendKind::Passt => {
                 let path = self.socket.as_deref().unwrap_or(Path::new(""));
-                self.device(Passt::connect(path)?, mmds)
+                device(Net::new(self, Passt::connect(path)?), mmds)
             }
         }
     }
+}
 
-    fn device<B: Backend + 'static>(
-        &self,
-        backend: B,
-        mmds: Option<&Arc<Mmds>>,
-    ) -> Result<Box<dyn VirtioDevice>, OpenError> {
-        let net = Net::new(self, backend);
-        Ok(match mmds {
-            Some(mmds) => {
-                let net = net.with_mmds(Arc::clone(mmds));
-                Box::new(net.map_err(|source| OpenError::Mmds { source })?)
-            }
-            None => Box::new(net),
-        })
-    }
+fn device<B: Backend + 'static>(
+    net: Net<B>,
+    mmds: Option<&Arc<Mmds>>,
+) -> Result<Box<dyn VirtioDevice>, OpenError> {
+    Ok(match mmds {
+        Some(mmds) => {
+            let net = net.with_mmds(Arc::clone(mmds));
+            Box::new(net.map_err(|source| OpenError::Mmds { source })?)
+        }
+        None => Box::new(net),
+    })
 }
 
 fn check_name(name: &str) -> Result<(), ConfigError> {

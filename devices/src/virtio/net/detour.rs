@@ -1,10 +1,13 @@
 //! [`Detour`]: the metadata service's end of the interface. Frames for its address leave the way to the tap here, and
 //! those that it sends come in beside those of the tap.
+//!
+//! The parts of a card with several pairs of queues have it together: whichever of them has room takes its frames in.
 
 use std::io;
-use std::mem;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::backend::HEADER_LEN;
@@ -14,12 +17,23 @@ use crate::timer::Timer;
 use crate::virtio::{Buffers, Clock};
 
 /// The service, as this interface has it.
-pub(super) struct Detour {
+#[derive(Clone)]
+pub(super) struct Detour(Arc<Shared>);
+
+/// What can be asked without the lock is for the way of all other frames.
+struct Shared {
+    address: Ipv4Addr,
+    /// A frame waits for the guest.
+    has_frame: AtomicBool,
+    /// Something was done since the timer was set.
+    stale: AtomicBool,
+    service: Mutex<Service>,
+}
+
+struct Service {
     stack: Stack,
     timer: Timer,
     time: Stopwatch,
-    /// Something was done since the timer was set.
-    stale: bool,
     frame: Vec<u8>,
 }
 
@@ -27,25 +41,30 @@ impl Detour {
     pub(super) fn new(mmds: Arc<Mmds>) -> io::Result<Self> {
         let mut seed = [0; 8];
         random::fill(&mut seed)?;
-        Ok(Self {
-            stack: Stack::new(mmds, u64::from_ne_bytes(seed), Duration::ZERO),
-            timer: Timer::new()?,
-            time: Stopwatch::default(),
-            stale: false,
-            frame: Vec::new(),
-        })
+        let stack = Stack::new(mmds, u64::from_ne_bytes(seed), Duration::ZERO);
+        Ok(Self(Arc::new(Shared {
+            address: stack.address(),
+            has_frame: false.into(),
+            stale: false.into(),
+            service: Mutex::new(Service {
+                stack,
+                timer: Timer::new()?,
+                time: Stopwatch::default(),
+                frame: Vec::new(),
+            }),
+        })))
     }
 
     /// The timer to watch; when it expires, [`Detour::work`] is due.
     pub(super) fn timer_fd(&self) -> RawFd {
-        self.timer.as_raw_fd()
+        self.lock().timer.as_raw_fd()
     }
 
     /// Takes a frame of the guest if it is for the service.
-    pub(super) fn take(&mut self, frame: &Buffers<'_>, clock: &dyn Clock) -> bool {
+    pub(super) fn take(&self, frame: &Buffers<'_>, clock: &dyn Clock) -> bool {
         let mut head = [0; mmds::HEAD_LEN];
         frame.read(HEADER_LEN, &mut head);
-        if !mmds::is_for(self.stack.address(), &head) {
+        if !mmds::is_for(self.0.address, &head) {
             return false;
         }
         // One byte more than the stack takes shows it that a frame is too long.
@@ -53,62 +72,80 @@ impl Detour {
             .len()
             .saturating_sub(HEADER_LEN)
             .min(mmds::MAX_FRAME_LEN + 1);
-        self.frame.resize(len, 0);
-        frame.read(HEADER_LEN, &mut self.frame);
-        let now = self.time.read(clock.now());
-        self.stack.receive(&self.frame, now);
-        self.stale = true;
+        self.change(|service| {
+            service.frame.resize(len, 0);
+            frame.read(HEADER_LEN, &mut service.frame);
+            let now = service.time.read(clock.now());
+            service.stack.receive(&service.frame, now);
+        });
         true
     }
 
     /// Puts the next frame for the guest, with a header that says nothing, into `out`. Returns its length, or zero when
     /// there is none.
-    pub(super) fn give(&mut self, out: &mut [u8], clock: &dyn Clock) -> usize {
-        if !self.stack.has_frame() {
+    pub(super) fn give(&self, out: &mut [u8], clock: &dyn Clock) -> usize {
+        if !self.has_frame() {
             return 0;
         }
-        let now = self.time.read(clock.now());
-        self.stale = true;
-        self.stack.take_frame(now).map_or(0, |frame| {
-            let len = HEADER_LEN + frame.len();
-            out[..HEADER_LEN].fill(0);
-            out[HEADER_LEN..len].copy_from_slice(&frame);
-            len
+        self.change(|service| {
+            let now = service.time.read(clock.now());
+            service.stack.take_frame(now).map_or(0, |frame| {
+                let len = HEADER_LEN + frame.len();
+                out[..HEADER_LEN].fill(0);
+                out[HEADER_LEN..len].copy_from_slice(&frame);
+                len
+            })
         })
     }
 
     /// Does what is due.
-    pub(super) fn work(&mut self, clock: &dyn Clock) {
-        let now = self.time.read(clock.now());
-        self.stack.work(now);
-        self.stale = true;
+    pub(super) fn work(&self, clock: &dyn Clock) {
+        self.change(|service| {
+            let now = service.time.read(clock.now());
+            service.stack.work(now);
+        });
     }
 
     /// Whether a frame waits for the guest.
     pub(super) fn has_frame(&self) -> bool {
-        self.stack.has_frame()
+        self.0.has_frame.load(Ordering::Acquire)
     }
 
     /// Sets the timer to when something is due next.
-    pub(super) fn set_timer(&mut self, clock: &dyn Clock) -> io::Result<()> {
-        if !mem::take(&mut self.stale) {
+    pub(super) fn set_timer(&self, clock: &dyn Clock) -> io::Result<()> {
+        if !self.0.stale.load(Ordering::Acquire) {
             return Ok(());
         }
-        let now = self.time.read(clock.now());
-        match self.stack.next_work(now) {
-            Some(delay) => self.timer.set(delay),
-            None => self.timer.stop(),
+        let mut service = self.lock();
+        self.0.stale.store(false, Ordering::Release);
+        let now = service.time.read(clock.now());
+        match service.stack.next_work(now) {
+            Some(delay) => service.timer.set(delay),
+            None => service.timer.stop(),
         }
     }
 
     /// Stops the clock until something is done again.
-    pub(super) fn pause(&mut self, clock: &dyn Clock) {
-        self.time.stop(clock.now());
+    pub(super) fn pause(&self, clock: &dyn Clock) {
+        self.lock().time.stop(clock.now());
     }
 
-    pub(super) fn reset(&mut self) {
-        self.stack.reset();
-        self.stale = true;
+    pub(super) fn reset(&self) {
+        self.change(|service| service.stack.reset());
+    }
+
+    fn change<R>(&self, work: impl FnOnce(&mut Service) -> R) -> R {
+        let mut service = self.lock();
+        let result = work(&mut service);
+        self.0
+            .has_frame
+            .store(service.stack.has_frame(), Ordering::Release);
+        self.0.stale.store(true, Ordering::Release);
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Service> {
+        self.0.service.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -36,6 +36,16 @@ pub enum OpenError {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// The interface is something else, or is not shared by several queues.
+    #[error(
+        "'{name}' is not a tap with several queues: make one with 'ip tuntap add dev {name} mode tap multi_queue', or leave out queues"
+    )]
+    SingleQueue {
+        /// The interface.
+        name: String,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
     /// The interface is something else, or has several queues.
     #[error(
         "'{name}' is not a single-queue tap: make one with 'ip tuntap add dev {name} mode tap', without multi_queue"
@@ -73,8 +83,8 @@ pub enum OpenError {
         source: vhost::Error,
     },
     /// The host has no descriptor left.
-    #[error("cannot make an event descriptor")]
-    Events {
+    #[error("cannot make a descriptor for the card")]
+    Descriptors {
         /// Why not.
         source: io::Error,
     },

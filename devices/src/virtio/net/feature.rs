@@ -28,6 +28,10 @@ pub const HOST_UFO: u64 = 1 << 14;
 pub const MRG_RXBUF: u64 = 1 << 15;
 /// The configuration space has the link's state.
 pub const STATUS: u64 = 1 << 16;
+/// There is a control queue.
+pub const CTRL_VQ: u64 = 1 << 17;
+/// There are several pairs of queues, of which the driver says how many it uses.
+pub const MQ: u64 = 1 << 22;
 /// The driver takes unsegmented UDP over IPv4.
 pub const GUEST_USO4: u64 = 1 << 54;
 /// The driver takes unsegmented UDP over IPv6.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use super::backend::{Backend, HEADER_LEN};
+use super::pairs::HostQueues;
 use super::{BACKEND_TOKEN, LinkState, MacAddr, Net, Patch};
 use crate::virtio::{Buffers, Io, UpdateError, Vector};
 
@@ -26,12 +27,14 @@ impl<B: Backend> Net<B> {
         let (rx, tx) = (patch.rx_rate_limiter.as_ref(), patch.tx_rate_limiter.as_ref());
         self.rx.throttle.prepare(rx, io)?;
         self.tx.throttle.prepare(tx, io)?;
-        let other = match &patch.host_dev_name {
+        let (others, queues) = match &patch.host_dev_name {
             Some(name) => self.open_other(name, io)?,
-            None => None,
+            None => Default::default(),
         };
         self.rx.throttle.patch(rx);
         self.tx.throttle.patch(tx);
+        let mut others = others.into_iter();
+        let other = others.next();
         let moved = other.is_some();
         if let Some(other) = other {
             // A descriptor that the loop does not know has nothing to be removed.
@@ -39,6 +42,12 @@ impl<B: Backend> Net<B> {
             self.backend = other;
         }
         let came = self.set_link(patch.link_state.unwrap_or(self.link));
+        if let Some(pairs) = &self.pairs {
+            pairs.set_link(self.link);
+            if moved {
+                pairs.adopt(queues, others);
+            }
+        }
         self.show_link(io);
         if self.is_up() && (moved || came) {
             announce(&mut self.backend, self.tx.guest_mac, &self.iface_id);
@@ -53,36 +62,50 @@ impl<B: Backend> Net<B> {
 
     /// Tells the driver when frames do not pass any more, or pass again.
     pub(super) fn show_link(&mut self, io: &Io<'_>) {
-        let status = status(self.is_up());
-        if self.config_space[STATUS] == status {
-            return;
+        if self.note_link() {
+            io.config.set(&self.config_space);
+            io.irq.raise(Vector::Config);
         }
-        self.config_space[STATUS].copy_from_slice(&status);
-        self.rx.drop_held();
-        io.config.set(&self.config_space);
-        io.irq.raise(Vector::Config);
     }
 
-    /// Opens the interface to move to, and watches it.
-    fn open_other(&self, name: &str, io: &Io<'_>) -> Result<Option<B>, UpdateError> {
-        let other = open_other(&self.backend, name, self.offloads)?;
-        if let Some(other) = &other {
-            let watched = io.watch.add(other.as_fd().as_raw_fd(), BACKEND_TOKEN);
-            watched.map_err(|source| UpdateError::Host {
-                op: format!("watch the tap '{name}'"),
-                source,
-            })?;
+    /// Takes note of whether frames pass; true when that is news.
+    pub(super) fn note_link(&mut self) -> bool {
+        let status = status(self.is_up());
+        let is_news = self.config_space[STATUS] != status;
+        if is_news {
+            self.config_space[STATUS].copy_from_slice(&status);
+            self.rx.drop_held();
         }
-        Ok(other)
+        is_news
+    }
+
+    /// Opens the interface to move to, once for each pair of queues, and watches the first.
+    fn open_other(&self, name: &str, io: &Io<'_>) -> Result<(Vec<B>, HostQueues), UpdateError> {
+        let host = |what: &str| {
+            let op = format!("{what} the tap '{name}'");
+            move |source| UpdateError::Host { op, source }
+        };
+        let count = self.pairs.as_ref().map_or(1, |pairs| pairs.count());
+        let others = open_other(&self.backend, name, count, self.offloads)?;
+        let queues = match &self.pairs {
+            Some(pairs) => pairs.prepare(&others, !io.queues.is_empty()),
+            None => Ok(Vec::new()),
+        };
+        let queues = queues.map_err(host("set up the queues of"))?;
+        if let Some(other) = others.first() {
+            let watched = io.watch.add(other.as_fd().as_raw_fd(), BACKEND_TOKEN);
+            watched.map_err(host("watch"))?;
+        }
+        Ok((others, queues))
     }
 
     /// Plugs the cable in or pulls it; true when it was out before. What is on its way then is lost, as on a wire.
-    fn set_link(&mut self, state: LinkState) -> bool {
+    pub(super) fn set_link(&mut self, state: LinkState) -> bool {
         let before = std::mem::replace(&mut self.link, state);
         match (before, state) {
             (LinkState::Down, LinkState::Up) => self.rx.discard(&mut self.backend),
             (LinkState::Up, LinkState::Down) => {
-                if let Some(detour) = &mut self.detour {
+                if let Some(detour) = &self.detour {
                     detour.reset();
                 }
             }
@@ -92,22 +115,24 @@ impl<B: Backend> Net<B> {
     }
 }
 
-/// Opens the interface called `name` in place of `backend`, with the offloads that are in use; none when this is it already.
+/// Opens the interface called `name`, with so many queues, in place of `backend`, with the offloads that are in use; none
+/// when this is it already.
 pub(super) fn open_other<B: Backend>(
     backend: &B,
     name: &str,
+    queues: u16,
     offloads: u64,
-) -> Result<Option<B>, UpdateError> {
-    let opened = backend.open_other(name);
-    let Some(mut other) = opened.map_err(|error| UpdateError::Device(error.into()))? else {
-        return Ok(None);
-    };
-    let set = other.set_offloads(offloads);
-    set.map_err(|source| UpdateError::Host {
-        op: format!("set the offloads of the tap '{name}'"),
-        source,
-    })?;
-    Ok(Some(other))
+) -> Result<Vec<B>, UpdateError> {
+    let opened = backend.open_other(name, queues);
+    let mut others = opened.map_err(|error| UpdateError::Device(error.into()))?;
+    for other in &mut others {
+        let set = other.set_offloads(offloads);
+        set.map_err(|source| UpdateError::Host {
+            op: format!("set the offloads of the tap '{name}'"),
+            source,
+        })?;
+    }
+    Ok(others)
 }
 
 /// Tells switches where the guest is now, in its name: a reverse ARP request (RFC 903), which nobody answers. Of a guest

@@ -1,5 +1,5 @@
 //! The network device (virtio 1.2 §5.1): a queue for each direction between the guest and a [`Backend`]: a [`Tap`], or a
-//! program that [`Passt`] reaches.
+//! program that [`Passt`] reaches. With several such pairs of queues each is a part of its own.
 //!
 //! Frames carry virtio's own header on a tap too, so checksum and segmentation offloads pass through unparsed, and
 //! the bytes move between guest memory and kernel without a copy in between. All calls but [`Config::build`] come
@@ -14,6 +14,7 @@ mod inherited;
 mod link;
 mod mac;
 mod metrics;
+mod pairs;
 mod passt;
 mod rx;
 mod tap;
@@ -31,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use backend::{Backend, HEADER_LEN, MAX_FRAME_LEN};
-pub use config::{BackendKind, Config, ConfigError, LinkState, MIN_MTU, Patch};
+pub use config::{BackendKind, Config, ConfigError, LinkState, MAX_QUEUES, MIN_MTU, Patch};
 pub use error::OpenError;
 pub use mac::{InvalidMac, MacAddr};
 pub use metrics::Metrics;
@@ -39,10 +40,11 @@ pub use passt::Passt;
 pub use tap::Tap;
 
 use self::detour::Detour;
+use self::pairs::Pairs;
 use self::rx::Rx;
 use self::tx::Tx;
 use super::{
-    Blob, Buffers, Clock, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, StateError, Throttle,
+    Blob, Buffers, Clock, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, Sibling, StateError, Throttle,
     UpdateError, Vector, VirtioDevice, feature as virtio,
 };
 use crate::mmds::Mmds;
@@ -76,7 +78,7 @@ struct Wire<'a> {
     iface_id: &'a str,
     clock: &'a dyn Clock,
     /// The metadata service, when the interface serves it.
-    detour: Option<&'a mut Detour>,
+    detour: Option<&'a Detour>,
     /// Frames of the tap wait for an event of their own.
     only_detour: bool,
     /// Frames pass.
@@ -85,11 +87,8 @@ struct Wire<'a> {
 
 impl Wire<'_> {
     /// Whether a frame of the guest is for the metadata service, which then has it.
-    fn takes(&mut self, frame: &Buffers<'_>) -> bool {
-        match &mut self.detour {
-            Some(detour) => detour.take(frame, self.clock),
-            None => false,
-        }
+    fn takes(&self, frame: &Buffers<'_>) -> bool {
+        self.detour.is_some_and(|detour| detour.take(frame, self.clock))
     }
 
     /// Sends what the backend has gathered. What it loses was counted as sent.
@@ -120,15 +119,25 @@ impl Wire<'_> {
 struct State {
     rx_rate_limiter: rate_limiter::State,
     tx_rate_limiter: rate_limiter::State,
+    /// How many of several pairs of queues the driver uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pairs: Option<u16>,
 }
 
-/// A network device.
+/// A network device; with several pairs of queues the part that serves one of them.
 pub struct Net<B = Tap> {
     info: DeviceInfo,
     iface_id: String,
     config_space: [u8; 12],
     backend: B,
-    detour: Option<Box<Detour>>,
+    detour: Option<Detour>,
+    /// The pair of queues that it serves, and what it shares with the other parts.
+    pair: u16,
+    pairs: Option<Arc<Pairs<B>>>,
+    /// The other parts, until they are split off.
+    siblings: Vec<Self>,
+    /// Why the loop does not watch the backend; to be told with the next event.
+    fault: Option<io::Error>,
     link: LinkState,
     /// The driver's offloads that the backend goes by.
     offloads: u64,
@@ -147,6 +156,10 @@ impl<B: Backend> Net<B> {
             offloads: backend.offloads() & feature::GUEST_OFFLOADS,
             backend,
             detour: None,
+            pair: 0,
+            pairs: None,
+            siblings: Vec::new(),
+            fault: None,
             link: config.link_state.unwrap_or_default(),
             rx: Rx::new(Throttle::new(config.rx_rate_limiter.as_ref(), RX_LIMITER_TOKEN)),
             tx: Tx {
@@ -160,11 +173,17 @@ impl<B: Backend> Net<B> {
 
     /// The same device, which serves the metadata service too.
     pub fn with_mmds(mut self, mmds: Arc<Mmds>) -> io::Result<Self> {
-        self.detour = Some(Box::new(Detour::new(mmds)?));
+        let detour = Detour::new(mmds)?;
+        for part in &mut self.siblings {
+            part.detour = Some(detour.clone());
+        }
+        self.detour = Some(detour);
         Ok(self)
     }
 
     fn start(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.begin_pair(io)
+            .map_err(host("set up the queues of the tap"))?;
         self.rx.mergeable = io.features & feature::MRG_RXBUF != 0;
         let offloads = io.features & feature::GUEST_OFFLOADS;
         if offloads != self.offloads {
@@ -177,7 +196,8 @@ impl<B: Backend> Net<B> {
         }
         self.rx.throttle.activate(io)?;
         self.tx.throttle.activate(io)?;
-        if let Some(detour) = &self.detour {
+        // Of several parts, one is enough to do what is due.
+        if let Some(detour) = self.detour.as_ref().filter(|_| self.pair == 0) {
             let watched = io.watch.add(detour.timer_fd(), MMDS_TOKEN);
             watched.map_err(host("watch the timer of the metadata service"))?;
         }
@@ -190,13 +210,13 @@ impl<B: Backend> Net<B> {
             return Ok(());
         }
         self.tx.throttle.begin(io.clock);
-        let is_up = self.is_up();
-        let mut ring = io.queues[usize::from(TX)].open(io.mem)?;
+        let (is_up, tx) = (self.is_up(), self.tx_queue());
+        let mut ring = io.queues[usize::from(tx)].open(io.mem)?;
         let mut wire = Wire {
             backend: &mut self.backend,
             iface_id: &self.iface_id,
             clock: io.clock,
-            detour: self.detour.as_deref_mut(),
+            detour: self.detour.as_ref(),
             only_detour: false,
             is_up,
         };
@@ -207,10 +227,10 @@ impl<B: Backend> Net<B> {
             self.metrics.tap_write_agg.record(start.elapsed());
         }
         if ring.needs_interrupt() {
-            io.irq.raise(Vector::Queue(TX));
+            io.irq.raise(Vector::Queue(tx));
         }
         if progress == Progress::More {
-            io.again = Some(TX);
+            io.again = Some(tx);
         }
         self.tx.throttle.settle(io.clock)?;
         if self.detour.as_ref().is_some_and(|detour| detour.has_frame()) {
@@ -233,10 +253,11 @@ impl<B: Backend> Net<B> {
         Ok(())
     }
 
-    /// Does nothing before the driver has set the queue up, and while the link is down: frames wait in the backend. With `only_detour` those of
-    /// the backend wait in any case.
+    /// Does nothing before the driver has set the queue up and uses it, and while the link is down: frames wait in the
+    /// backend. With `only_detour` those of the backend wait in any case.
     fn receive(&mut self, only_detour: bool, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let (queue, is_up) = (&mut io.queues[usize::from(RX)], self.is_up());
+        let (rx, is_up) = (self.rx_queue(), self.is_up() && self.is_used());
+        let queue = &mut io.queues[usize::from(rx)];
         if !queue.config().ready || self.rx.throttle.is_holding() || !is_up {
             return Ok(());
         }
@@ -246,7 +267,7 @@ impl<B: Backend> Net<B> {
             backend: &mut self.backend,
             iface_id: &self.iface_id,
             clock: io.clock,
-            detour: self.detour.as_deref_mut(),
+            detour: self.detour.as_ref(),
             only_detour,
             is_up,
         };
@@ -256,18 +277,20 @@ impl<B: Backend> Net<B> {
             self.metrics.rx_agg.record(start.elapsed());
         }
         if ring.needs_interrupt() {
-            io.irq.raise(Vector::Queue(RX));
+            io.irq.raise(Vector::Queue(rx));
         }
         if progress == Progress::More {
             // Of two queues with more to do, only one can be asked for. A turn of the transmit queue leads here again.
-            io.again.get_or_insert(RX);
+            io.again.get_or_insert(rx);
         }
         self.rx.throttle.settle(io.clock)
     }
 
     /// Ends an event: counts it when it ends the device's work, and waits for what the metadata service does next.
     fn checked(&mut self, result: Result<(), DeviceError>, io: &Io<'_>) -> Result<(), DeviceError> {
-        let result = result.and_then(|()| match &mut self.detour {
+        let watched = self.fault.take().map_or(Ok(()), Err);
+        let result = watched.map_err(host("watch the tap")).and(result);
+        let result = result.and_then(|()| match &self.detour {
             Some(detour) => detour
                 .set_timer(io.clock)
                 .map_err(host("set the timer of the metadata service")),
@@ -279,13 +302,25 @@ impl<B: Backend> Net<B> {
     }
 }
 
-impl<B: Backend> VirtioDevice for Net<B> {
+impl<B: Backend + 'static> VirtioDevice for Net<B> {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
 
     fn config_space(&self) -> &[u8] {
         &self.config_space
+    }
+
+    fn split(&mut self) -> Vec<Sibling> {
+        let sibling = |part: Self| Sibling {
+            queues: vec![part.rx_queue(), part.tx_queue()],
+            device: Box::new(part),
+        };
+        self.siblings.drain(..).map(sibling).collect()
+    }
+
+    fn refresh(&mut self, io: &mut Io<'_>) {
+        self.follow(io);
     }
 
     fn activate(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -295,7 +330,9 @@ impl<B: Backend> VirtioDevice for Net<B> {
     }
 
     fn on_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let result = if queue == TX {
+        let result = if self.control_queue(io.features) == Some(queue) {
+            self.control(queue, io)
+        } else if queue == self.tx_queue() {
             self.metrics.tx_queue_event_count += 1;
             self.transmit(io)
         } else {
@@ -321,7 +358,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
                 self.transmit(io)
             }
             MMDS_TOKEN => {
-                if let Some(detour) = &mut self.detour {
+                if let Some(detour) = &self.detour {
                     detour.work(io.clock);
                 }
                 self.receive(true, io)
@@ -332,7 +369,7 @@ impl<B: Backend> VirtioDevice for Net<B> {
     }
 
     fn quiesce(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        if let Some(detour) = &mut self.detour {
+        if let Some(detour) = &self.detour {
             detour.pause(io.clock);
         }
         Ok(())
@@ -342,8 +379,12 @@ impl<B: Backend> VirtioDevice for Net<B> {
         self.rx.reset();
         self.tx.throttle.reset();
         self.tx.waits = false;
-        if let Some(detour) = &mut self.detour {
+        self.fault = None;
+        if let Some(detour) = &self.detour {
             detour.reset();
+        }
+        if let Some(pairs) = self.pairs.as_ref().filter(|_| self.pair == 0) {
+            pairs.reset();
         }
     }
 
@@ -355,12 +396,27 @@ impl<B: Backend> VirtioDevice for Net<B> {
         let state = State {
             rx_rate_limiter: self.rx.throttle.save(),
             tx_rate_limiter: self.tx.throttle.save(),
+            pairs: self.pairs.as_ref().map(|pairs| pairs.used()),
         };
         Blob::new(KIND, 1, &state)
     }
 
     fn load(&mut self, state: Blob) -> Result<(), StateError> {
         let state: State = state.open(KIND, 1)?;
+        let fits = match (&self.pairs, state.pairs) {
+            (Some(pairs), Some(used)) => pairs.load(used),
+            (None, None) => true,
+            _ => false,
+        };
+        if !fits {
+            return Err(StateError::Inconsistent {
+                kind: KIND,
+                what: format!(
+                    "interface '{}' has other queues than at the snapshot",
+                    self.iface_id
+                ),
+            });
+        }
         self.rx.throttle.load(KIND, state.rx_rate_limiter)?;
         self.tx.throttle.load(KIND, state.tx_rate_limiter)
     }
@@ -397,7 +453,7 @@ fn device_info(config: &Config, offloads: u64) -> DeviceInfo {
     }
 }
 
-/// The configuration space (virtio 1.2 §5.1.4): address, status, no queue pairs beyond the first, MTU.
+/// The configuration space (virtio 1.2 §5.1.4): address, status, no pairs of queues beyond the first, MTU.
 fn config_space(config: &Config) -> [u8; 12] {
     let mut space = [0; 12];
     if let Some(mac) = config.guest_mac {

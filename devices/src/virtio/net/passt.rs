@@ -168,7 +168,7 @@ impl Backend for Passt {
         Ok(())
     }
 
-    fn open_other(&self, _name: &str) -> Result<Option<Self>, OpenError> {
+    fn open_other(&self, _name: &str, _queues: u16) -> Result<Vec<Self>, OpenError> {
         Err(ConfigError::NoTap.into())
     }
 

@@ -141,7 +141,7 @@ impl Rx {
             return Ok(Step::NoRoom);
         }
         if self.held == 0
-            && let Some(detour) = &mut wire.detour
+            && let Some(detour) = wire.detour
         {
             self.held = detour.give(&mut self.spill, wire.clock);
         }

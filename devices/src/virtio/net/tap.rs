@@ -26,13 +26,30 @@ pub struct Tap {
 impl Tap {
     /// Opens the tap `name`, a valid interface name, and creates it when there is none.
     pub fn open(name: &str) -> Result<Self, OpenError> {
+        let tap = Self::open_queue(name, TAP_FLAGS)?;
+        note_creation(&tap.file, name);
+        Ok(tap)
+    }
+
+    /// The same with `count` queues, of which each takes a share of what comes.
+    pub fn open_queues(name: &str, count: u16) -> Result<Vec<Self>, OpenError> {
+        let queue = |_| Self::open_queue(name, TAP_FLAGS | libc::IFF_MULTI_QUEUE);
+        let queues: Vec<_> = (0..count).map(queue).collect::<Result<_, _>>()?;
+        queues
+            .iter()
+            .take(1)
+            .for_each(|tap| note_creation(&tap.file, name));
+        Ok(queues)
+    }
+
+    fn open_queue(name: &str, flags: libc::c_int) -> Result<Self, OpenError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(DEVICE)
             .map_err(|source| OpenError::Driver { source })?;
-        attach(&file, name).map_err(|source| refusal(name, source))?;
+        attach(&file, name, flags).map_err(|source| refusal(name, flags, source))?;
         Self::set_up(file, name)
     }
 
@@ -78,23 +95,41 @@ impl Backend for Tap {
         set_offload_flags(&self.file, offload_flags(features))
     }
 
-    fn open_other(&self, name: &str) -> Result<Option<Self>, OpenError> {
+    fn open_other(&self, name: &str, queues: u16) -> Result<Vec<Self>, OpenError> {
         // An interface that was renamed since answers to its new name.
         let is_this = request(&self.file).is_ok_and(|own| own.ifr_name == interface_name(name));
-        if is_this {
-            Ok(None)
-        } else {
-            Self::open(name).map(Some)
+        match queues {
+            _ if is_this => Ok(Vec::new()),
+            1 => Ok(vec![Self::open(name)?]),
+            _ => Self::open_queues(name, queues),
         }
+    }
+
+    fn set_attached(queue: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
+        let flag = if attached {
+            libc::IFF_ATTACH_QUEUE
+        } else {
+            libc::IFF_DETACH_QUEUE
+        };
+        let mut request = libc::ifreq {
+            ifr_name: [0; libc::IFNAMSIZ],
+            ifr_ifru: libc::__c_anonymous_ifr_ifru {
+                ifru_flags: short(flag),
+            },
+        };
+        // SAFETY: needed as no safe wrapper exists. The kernel reads one `ifreq`, which lives across the call.
+        check(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, &mut request) })
     }
 }
 
 /// What it means that the kernel did not attach the tap.
-fn refusal(name: &str, source: io::Error) -> OpenError {
+fn refusal(name: &str, flags: libc::c_int, source: io::Error) -> OpenError {
     let (op, name) = ("take hold", name.to_owned());
     match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => OpenError::Permission { name, source },
-        Some(libc::EBUSY) => OpenError::Busy { name, source },
+        // E2BIG: others have all the queues that a tap may have.
+        Some(libc::EBUSY | libc::E2BIG) => OpenError::Busy { name, source },
+        Some(libc::EINVAL) if flags & libc::IFF_MULTI_QUEUE != 0 => OpenError::SingleQueue { name, source },
         Some(libc::EINVAL) => OpenError::NotATap { name, source },
         _ => OpenError::Host { op, name, source },
     }
@@ -137,19 +172,26 @@ fn offload_flags(features: u64) -> libc::c_uint {
         )
 }
 
+fn short(flags: libc::c_int) -> libc::c_short {
+    libc::c_short::try_from(flags).expect("the flags are the low 15 bits")
+}
+
 /// Binds the descriptor to the tap `name`.
-fn attach(file: &File, name: &str) -> io::Result<()> {
-    let flags = libc::c_short::try_from(TAP_FLAGS).expect("the flags are the low 15 bits");
+fn attach(file: &File, name: &str, flags: libc::c_int) -> io::Result<()> {
     let mut request = libc::ifreq {
         ifr_name: interface_name(name),
-        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags },
+        ifr_ifru: libc::__c_anonymous_ifr_ifru {
+            ifru_flags: short(flags),
+        },
     };
     // SAFETY: needed as no safe wrapper exists. The kernel reads and writes one `ifreq`, which lives across the call.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) })?;
-    if flags_of(file)? & libc::IFF_PERSIST == 0 {
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) })
+}
+
+fn note_creation(file: &File, name: &str) {
+    if flags_of(file).is_ok_and(|flags| flags & libc::IFF_PERSIST == 0) {
         log::info!("created the tap '{name}'; it is down, and goes when this process closes it");
     }
-    Ok(())
 }
 
 /// The name as the kernel's requests have it.

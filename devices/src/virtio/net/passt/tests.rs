@@ -248,6 +248,6 @@ fn says_where_nobody_listens() {
 
 #[test]
 fn has_no_tap_to_move_from() {
-    let error = pair().passt.open_other("tap1").err().unwrap().to_string();
+    let error = pair().passt.open_other("tap1", 1).err().unwrap().to_string();
     assert!(error.contains("only an interface on a tap can move"), "{error}");
 }

@@ -241,3 +241,47 @@ fn an_interface_on_vhost_takes_no_limits_later_and_their_end_is_fine() {
     assert!(matches!(refused, Err(ConfigError::VhostLimits { .. })));
     assert_eq!(patched(r#"{"bandwidth":{"size":0,"refill_time":0}}"#), Ok(()));
 }
+
+#[test]
+fn several_queues_need_a_tap_by_name_and_no_vhost() {
+    let of = |rest: &str| config(&format!(r#"{{"iface_id":"a",{rest}}}"#)).validate();
+    for good in [
+        r#""host_dev_name":"tap0","queues":1"#,
+        r#""host_dev_name":"tap0","queues":16"#,
+        r#""host_fd":9,"queues":1"#,
+        r#""host_dev_name":"tap0","queues":1,"vhost":true"#,
+        r#""host_dev_name":"tap0","queues":2,"vhost":false"#,
+    ] {
+        assert_eq!(of(good), Ok(()), "{good}");
+    }
+    for (bad, reason) in [
+        (
+            r#""host_dev_name":"tap0","queues":0"#,
+            "interface 'a' asks for 0 queues; it must be 1 to 16",
+        ),
+        (
+            r#""host_dev_name":"tap0","queues":17"#,
+            "interface 'a' asks for 17 queues; it must be 1 to 16",
+        ),
+        (r#""host_fd":9,"queues":2"#, "remove queues, or host_fd"),
+        (
+            r#""backend":"passt","socket":"s","queues":2"#,
+            "remove queues, or backend passt",
+        ),
+        (
+            r#""host_dev_name":"tap0","queues":2,"vhost":true"#,
+            "remove queues, or vhost",
+        ),
+    ] {
+        let error = of(bad).unwrap_err().to_string();
+        assert!(error.contains(reason), "{bad}: {error}");
+    }
+}
+
+#[test]
+fn queues_are_shown_once_set() {
+    let config = config(r#"{"iface_id":"a","host_dev_name":"tap0","queues":2}"#);
+    let json = serde_json::to_string(&config).unwrap();
+    assert!(json.ends_with(r#""tx_rate_limiter":null,"queues":2}"#), "{json}");
+    assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
+}

@@ -7,12 +7,16 @@ mod limits;
 mod link;
 mod mmds;
 mod noise;
+mod pairs;
 mod passt;
 mod rx;
 mod tap;
 mod tx;
 
+use std::cell::RefCell;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 
@@ -33,6 +37,21 @@ struct FakeTap {
     set: Arc<Mutex<Vec<u64>>>,
     /// The hosts' ends of the taps that were opened in place of this one.
     others: Arc<Mutex<Vec<UnixDatagram>>>,
+}
+
+thread_local! {
+    /// What became attached (true) or not on this thread, by inode.
+    static SWITCHED: RefCell<Vec<(u64, bool)>> = const { RefCell::new(Vec::new()) };
+    /// The host refuses to attach anything.
+    static REFUSES: RefCell<bool> = const { RefCell::new(false) };
+}
+
+/// What a descriptor and its duplicates are known by.
+fn inode(fd: BorrowedFd<'_>) -> u64 {
+    File::from(fd.try_clone_to_owned().unwrap())
+        .metadata()
+        .unwrap()
+        .ino()
 }
 
 impl FakeTap {
@@ -69,20 +88,31 @@ impl Backend for FakeTap {
     }
 
     /// There are two others, and somebody else has one of them.
-    fn open_other(&self, name: &str) -> Result<Option<Self>, OpenError> {
+    fn open_other(&self, name: &str, queues: u16) -> Result<Vec<Self>, OpenError> {
         match name {
-            "tap0" => Ok(None),
+            "tap0" => Ok(Vec::new()),
             "tap1" => {
-                let (mut other, wire) = Self::new();
-                other.set = Arc::clone(&self.set);
-                self.others.lock().unwrap().push(wire);
-                Ok(Some(other))
+                let other = |_| {
+                    let (mut other, wire) = Self::new();
+                    other.set = Arc::clone(&self.set);
+                    self.others.lock().unwrap().push(wire);
+                    other
+                };
+                Ok((0..queues).map(other).collect())
             }
             _ => Err(OpenError::Busy {
                 name: name.into(),
                 source: std::io::Error::from_raw_os_error(libc::EBUSY),
             }),
         }
+    }
+
+    fn set_attached(queue: BorrowedFd<'_>, attached: bool) -> std::io::Result<()> {
+        if attached && REFUSES.with_borrow(|refuses| *refuses) {
+            return Err(std::io::ErrorKind::OutOfMemory.into());
+        }
+        SWITCHED.with_borrow_mut(|switched| switched.push((inode(queue), attached)));
+        Ok(())
     }
 }
 

@@ -72,6 +72,47 @@ fn says_that_an_interface_is_not_a_single_queue_tap() {
     }
 }
 
+/// How many queues the kernel spreads frames over.
+fn attached(name: &str) -> usize {
+    let queues = std::fs::read_dir(interface(name).join("queues")).unwrap();
+    let names = queues.map(|queue| queue.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with("tx-")).count()
+}
+
+#[test]
+fn opens_a_tap_with_several_queues_and_attaches_and_detaches_them() {
+    let made = Made::new("mayflyta", "tap multi_queue");
+    let queues = Tap::open_queues(made.0, 3).unwrap();
+    assert_eq!((queues.len(), attached(made.0)), (3, 3));
+    Tap::set_attached(queues[1].as_fd(), false).unwrap();
+    Tap::set_attached(queues[2].as_fd(), false).unwrap();
+    assert_eq!(attached(made.0), 1);
+    assert!(Tap::set_attached(queues[1].as_fd(), false).is_err());
+    Tap::set_attached(queues[2].as_fd(), true).unwrap();
+    assert_eq!(attached(made.0), 2);
+    drop(queues);
+    assert_eq!(Tap::open_queues(made.0, 16).unwrap().len(), 16);
+}
+
+#[test]
+fn creates_a_tap_with_several_queues_that_vanishes_with_its_owner() {
+    let queues = Tap::open_queues("mayflytb", 2).unwrap();
+    assert_eq!(attached("mayflytb"), 2);
+    drop(queues);
+    assert!(!interface("mayflytb").exists());
+}
+
+#[test]
+fn says_that_an_interface_is_not_a_tap_with_several_queues() {
+    let single = Made::new("mayflytc", "tap");
+    for name in ["lo", single.0] {
+        let error = Tap::open_queues(name, 2).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, OpenError::SingleQueue { .. }), "{name}: {text}");
+        assert!(text.contains(&format!("'ip tuntap add dev {name} mode tap multi_queue'")));
+    }
+}
+
 #[test]
 fn accepts_every_subset_of_the_offloads_that_it_offers() {
     use super::super::feature::GUEST_OFFLOADS;
@@ -161,9 +202,10 @@ fn receives_through_a_real_tap_with_the_checksum_left_to_the_guest() {
 #[test]
 fn opens_another_tap_and_knows_itself() {
     let tap = open("mayflyt8");
-    assert!(tap.open_other("mayflyt8").unwrap().is_none());
-    let other = tap.open_other("mayflyt9").unwrap().unwrap();
-    assert_eq!(other.offloads(), tap.offloads());
+    assert!(tap.open_other("mayflyt8", 1).unwrap().is_empty());
+    let others = tap.open_other("mayflyt9", 1).unwrap();
+    assert_eq!(others.len(), 1);
+    assert_eq!(others[0].offloads(), tap.offloads());
     assert!(interface("mayflyt8").exists() && interface("mayflyt9").exists());
-    assert!(matches!(tap.open_other("lo"), Err(OpenError::NotATap { .. })));
+    assert!(matches!(tap.open_other("lo", 1), Err(OpenError::NotATap { .. })));
 }

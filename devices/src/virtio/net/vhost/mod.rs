@@ -75,7 +75,7 @@ impl Vhost {
         info.features &= known | !OF_QUEUES;
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let events = || Ok(([event()?, event()?], event()?));
-        let (calls, error) = events().map_err(|source: io::Error| OpenError::Events { source })?;
+        let (calls, error) = events().map_err(|source: io::Error| OpenError::Descriptors { source })?;
         Ok(Self {
             info,
             iface_id: config.iface_id.clone(),
@@ -182,7 +182,7 @@ impl Vhost {
     /// Makes the changes that the user asks for. What can fail comes first.
     fn change(&mut self, patch: &Patch, io: &Io<'_>) -> Result<(), UpdateError> {
         let other = match &patch.host_dev_name {
-            Some(name) => link::open_other(&self.tap, name, self.offloads)?,
+            Some(name) => link::open_other(&self.tap, name, 1, self.offloads)?.pop(),
             None => None,
         };
         let before = self.link;
