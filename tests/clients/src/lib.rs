@@ -1,9 +1,10 @@
 //! What the tests of clients share: guest images, a folder with a `firecracker`, a network, and the sight of a guest.
 //!
-//! Environment: as for the other guest tests, `MAYFLY_BIN` and `MAYFLY_GUEST_DIR`.
+//! Environment: as for the other guest tests, `MAYFLY_BIN`, `MAYFLY_JAILER` and `MAYFLY_GUEST_DIR`.
+
+pub mod fctools_machine;
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,8 +14,11 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 /// How long a guest may take to boot or to end. Generous: an emulated host is slow.
 pub const GUEST_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// The folder of one test, gone with it: a binary `firecracker`, a kernel, an initramfs, a root disk, a second disk and
-/// a tap that reaches the guest.
+/// The user of jailed machines.
+pub const JAIL_USER: u32 = 54321;
+
+/// The folder of one test, gone with it: the binaries `firecracker` and `jailer`, a kernel, an initramfs, a root disk, a
+/// second disk and a tap that reaches the guest.
 pub struct Lab {
     folder: PathBuf,
     tap: String,
@@ -32,16 +36,19 @@ impl Lab {
             network,
         };
         let binary = std::env::var_os("MAYFLY_BIN").map_or_else(release_binary, PathBuf::from);
-        let links = [
+        let jailer = std::env::var_os("MAYFLY_JAILER").map(PathBuf::from);
+        let jailer = jailer.unwrap_or_else(|| binary.with_file_name("mayfly-jailer"));
+        // Copies, as clients make hard links, and the jailer names a jail after the program itself and not after a link.
+        let files = [
             ("firecracker", binary),
+            ("jailer", jailer),
             ("kernel", guest_file("vmlinux")),
             ("initramfs", guest_file("initramfs.cpio.gz")),
+            ("root.ext4", guest_file("rootfs.ext4")),
         ];
-        for (name, target) in links {
-            let target = target.canonicalize().expect("the release build and guest images");
-            symlink(target, lab.path(name)).expect("a link");
+        for (name, file) in files {
+            fs::copy(file, lab.path(name)).expect("the release build and guest images");
         }
-        fs::copy(guest_file("rootfs.ext4"), lab.path("root.ext4")).expect("a copy of the root disk");
         for (name, mib) in [("small.img", 1), ("large.img", 3)] {
             let disk = fs::File::create(lab.path(name)).expect("a new disk");
             disk.set_len(mib << 20).expect("a size");
