@@ -1,6 +1,4 @@
-//! Kills a program at a chosen step, to find what a death between two of its steps leaves behind. A step is a system call
-//! that changes something outside of the program's memory, or waits for another process: a death at any other call leaves
-//! what one at the next step does.
+//! Kills a program at a chosen step, to find what a death between two of its steps leaves behind.
 
 use std::collections::HashSet;
 use std::io;
@@ -9,8 +7,11 @@ use std::process::Command;
 
 use crate::Result;
 
-/// Calls that are steps. Of those that open files, only those that may make one are.
-const STEPS: [libc::c_long; 22] = [
+/// System calls that change something outside of the program's memory, or wait for another process: a death at any other
+/// call leaves what one at the next of these does. Of the calls that open files, only those that may make one count.
+pub const CHANGES: [libc::c_long; 24] = [
+    libc::SYS_openat,
+    libc::SYS_openat2,
     libc::SYS_mkdir,
     libc::SYS_mkdirat,
     libc::SYS_rmdir,
@@ -35,9 +36,17 @@ const STEPS: [libc::c_long; 22] = [
     libc::SYS_execve,
 ];
 
-/// Runs a program and kills the one of its processes that makes the `step`th step of all, at the entry to it. The others
-/// go on until they end by themselves. False if the program got by with fewer steps.
-pub fn kill_at(command: &mut Command, step: usize) -> Result<bool> {
+/// Those that copy a file.
+pub const COPYING: [libc::c_long; 4] = [
+    libc::SYS_ftruncate,
+    libc::SYS_ioctl,
+    libc::SYS_copy_file_range,
+    libc::SYS_sendfile,
+];
+
+/// Runs a program and kills the one of its processes that makes the `step`th of these calls, at the entry to it. The others
+/// go on until they end by themselves. False if the program got by with fewer.
+pub fn kill_at(command: &mut Command, calls: &[libc::c_long], step: usize) -> Result<bool> {
     let trace_me = || check(ptrace(libc::PTRACE_TRACEME, 0, 0));
     // SAFETY: needed so that the program is traced from its first instruction. The call is a system call only.
     unsafe { command.pre_exec(trace_me) };
@@ -51,7 +60,7 @@ pub fn kill_at(command: &mut Command, step: usize) -> Result<bool> {
     let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK;
     let options = usize::try_from(options | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_EXITKILL)?;
     check(ptrace(libc::PTRACE_SETOPTIONS, first, options))?;
-    let killed = tracer.run(first, step);
+    let killed = tracer.run(first, calls, step);
     tracer.kill_all();
     Ok(killed?)
 }
@@ -63,8 +72,8 @@ struct Tracer {
 }
 
 impl Tracer {
-    fn run(&mut self, first: libc::pid_t, step: usize) -> io::Result<bool> {
-        let (mut calls, mut killed) = (0, false);
+    fn run(&mut self, first: libc::pid_t, calls: &[libc::c_long], step: usize) -> io::Result<bool> {
+        let (mut steps, mut killed) = (0, false);
         check(ptrace(libc::PTRACE_SYSCALL, first, 0))?;
         while !self.processes.is_empty() {
             let (process, status) = next_event()?;
@@ -78,8 +87,8 @@ impl Tracer {
             let is_call = stop == libc::SIGTRAP | 0x80;
             if is_call && !self.in_call.remove(&process) {
                 self.in_call.insert(process);
-                calls += usize::from(is_step(process)?);
-                if calls == step {
+                steps += usize::from(is_one_of(process, calls)?);
+                if steps == step {
                     killed = true;
                     kill(process);
                     continue;
@@ -119,8 +128,8 @@ impl Tracer {
     }
 }
 
-/// True if the call that a process is about to make is a step.
-fn is_step(process: libc::pid_t) -> io::Result<bool> {
+/// True if a process is about to make one of these calls.
+fn is_one_of(process: libc::pid_t, calls: &[libc::c_long]) -> io::Result<bool> {
     // SAFETY: needed to trace, which has no wrapper. All bit patterns are valid registers, and the kernel writes them to
     // where it is told to.
     let registers = unsafe {
@@ -128,13 +137,15 @@ fn is_step(process: libc::pid_t) -> io::Result<bool> {
         check(libc::ptrace(libc::PTRACE_GETREGS, process, 0, &raw mut registers))?;
         registers
     };
-    let flags = match i64::try_from(registers.orig_rax).unwrap_or(-1) {
-        libc::SYS_openat => registers.rdx,
+    let number = i64::try_from(registers.orig_rax).unwrap_or(-1);
+    let creates = |flags: u64| flags & u64::from(libc::O_CREAT.unsigned_abs()) != 0;
+    let counts = match number {
+        libc::SYS_openat => creates(registers.rdx),
         // Flags are the first field of the structure.
-        libc::SYS_openat2 => peek(process, registers.rdx),
-        number => return Ok(STEPS.contains(&number)),
+        libc::SYS_openat2 => creates(peek(process, registers.rdx)),
+        _ => true,
     };
-    Ok(flags & u64::from(libc::O_CREAT.unsigned_abs()) != 0)
+    Ok(counts && calls.contains(&number))
 }
 
 /// A word of another process.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use mayfly_tests::jail::{JAIL_USER, Jail, Starter};
-use mayfly_tests::{Client, Result, steps};
+use mayfly_tests::{Client, Failure, Result, steps};
 
 const BOTH: [Starter; 2] = [Starter::Root, Starter::User];
 
@@ -457,27 +457,19 @@ fn a_cgroup_that_a_user_may_not_make_is_refused() -> Result {
     Ok(())
 }
 
-/// Kills the jailer, or the process that it makes, at every step; then the next start must work.
-fn assert_survives_kills(starter: Starter) -> Result {
-    let jail = Jail::new("killed", starter)?;
-    let args = [
-        "--copy",
-        "--cgroup=pids.max=50",
-        "--parent-cgroup=mayfly-kill",
-        "--",
-        "--version",
-    ];
-    let args = if starter == Starter::Root {
-        &args[..]
-    } else {
-        &args[3..]
-    };
-    let mut step = 1;
-    let started = loop {
-        if !kill_at(jail.command(args), step)? {
-            break step;
+/// Kills the jailer, or the process that it makes, at every one of these calls; then the next start must work. Returns how
+/// many there are.
+fn assert_survives_kills(jail: &Jail, args: &[&str], calls: &[libc::c_long]) -> Result<usize> {
+    let args = [args, &["--", "--version"]].concat();
+    for step in 1.. {
+        if !kill_at(jail.command(&args), calls, step)? {
+            let vm = jail.start(&[])?;
+            assert!(Client::connect(&jail.socket()).is_ok());
+            vm.kill()?;
+            jail.clean_up()?.assert_success();
+            return Ok(step - 1);
         }
-        let ended = jail.run(args)?;
+        let ended = jail.run(&args)?;
         assert!(
             ended.code == 0 && ended.stdout.starts_with("Mayfly v"),
             "step {step}: {ended:?}"
@@ -487,29 +479,38 @@ fn assert_survives_kills(starter: Starter) -> Result {
             !mounts.contains(&jail.base().display().to_string()),
             "step {step}: {mounts}"
         );
-        step += 1;
-    };
-    assert!(started > 40, "{started} steps are no start of a jail");
-    let vm = jail.start(&[])?;
-    assert!(Client::connect(&jail.socket()).is_ok());
-    vm.kill()?;
-    jail.clean_up()?.assert_success();
-    Ok(())
+    }
+    Err(Failure::new("no start has so many steps"))
 }
 
-fn kill_at(mut command: Command, step: usize) -> Result<bool> {
+fn kill_at(mut command: Command, calls: &[libc::c_long], step: usize) -> Result<bool> {
     command.stdout(Stdio::null()).stderr(Stdio::null());
-    steps::kill_at(&mut command, step)
+    steps::kill_at(&mut command, calls, step)
 }
 
 #[test]
 fn a_death_of_roots_jailer_at_any_step_blocks_nothing() -> Result {
-    assert_survives_kills(Starter::Root)
+    let jail = Jail::new("killed", Starter::Root)?;
+    let args = ["--cgroup=pids.max=50", "--parent-cgroup=mayfly-kill"];
+    let steps = assert_survives_kills(&jail, &args, &steps::CHANGES)?;
+    assert!(steps > 40, "{steps} steps are no start of a jail");
+    Ok(())
 }
 
 #[test]
 fn a_death_of_a_users_jailer_at_any_step_blocks_nothing() -> Result {
-    assert_survives_kills(Starter::User)
+    let jail = Jail::new("killed", Starter::User)?;
+    let steps = assert_survives_kills(&jail, &[], &steps::CHANGES)?;
+    assert!(steps > 40, "{steps} steps are no start of a jail");
+    Ok(())
+}
+
+#[test]
+fn a_death_while_the_program_is_copied_blocks_nothing() -> Result {
+    let jail = Jail::new("killed-copy", Starter::Root)?;
+    let steps = assert_survives_kills(&jail, &["--copy"], &steps::COPYING)?;
+    assert!(steps > 2, "{steps} steps copy no file");
+    Ok(())
 }
 
 #[test]
@@ -519,7 +520,7 @@ fn a_death_while_a_jail_is_removed_blocks_nothing() -> Result {
         assert_eq!(jail.run(&["--", "--version"])?.code, 0);
         fs::create_dir_all(jail.root().join("run/a/b"))?;
         fs::write(jail.root().join("run/a/b/file"), "x")?;
-        if !kill_at(jail.command(&["--cleanup"]), step)? {
+        if !kill_at(jail.command(&["--cleanup"]), &steps::CHANGES, step)? {
             assert!(step > 15, "{step} steps remove no jail");
             break;
         }
