@@ -4,7 +4,7 @@ DESTDIR ?=
 RELEASE := target/x86_64-unknown-linux-gnu/release
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test soak check fuzz bench install clean
+.PHONY: help run build test soak check filters fuzz bench install clean
 
 help: ## show this text
 	@awk -F ':[^#]*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,9 @@ check: ## formatting, lints, docs, unit tests, file lengths, short fuzz runs
 
 soak: ## tests that take hours: 1000 hotplugs, 1 GiB each way over vsock, a disk's writer killed 300 times
 	@tests/run-tests.sh --soak
+
+filters: build ## trace the system calls of all tests: none outside of the filters, no rule without use (takes hours)
+	@tests/seccomp/coverage.sh
 
 fuzz: ## fuzz every target for FUZZ_SECONDS (default 600)
 	@tests/fuzz/run.sh $${FUZZ_SECONDS:-600}

@@ -3,14 +3,16 @@
 # calls that the filter of their thread lacks, and on rules that nothing used. Needs strace. Guest tests run in the lab
 # where this machine has no KVM for them; tracing makes them some times slower.
 #
-# usage: coverage.sh [--some] [TEST_PROGRAM...]
+# usage: coverage.sh [--some] [--add] [TEST_PROGRAM...]
 #   TEST_PROGRAM  paths of built test programs (default: all of tests/tests)
 #   --some        not all features are tested: rules that nothing used are shown and are no failure
+#   --add         what earlier runs have traced counts too, so that the tests can be run in parts
 # environment: MAYFLY_BIN  the binary (default: the release build)
+#              FILTERS     parts of the names of the tests to run, with blanks between (default: all)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-readonly FILTERS=resources/seccomp/x86_64.json
+readonly RULES=resources/seccomp/x86_64.json
 traces=$PWD/build/seccomp
 binary=$(readlink -f "${MAYFLY_BIN:-target/x86_64-unknown-linux-gnu/release/mayfly}")
 
@@ -18,19 +20,24 @@ fail() { echo "coverage: $*" >&2 && exit 1; }
 
 # run PROGRAM...: runs test programs whose monitors are traced.
 run() {
-    local program
+    local program filters
+    read -ra filters <<<"${FILTERS:-}"
     for program in "$@"; do
-        MAYFLY_BIN=$traces/mayfly "$program" --test-threads 2 || echo "coverage: ${program##*/} has failed" >&2
+        MAYFLY_BIN=$traces/mayfly "$program" --test-threads 2 "${filters[@]}" || echo "coverage: ${program##*/} has failed" >&2
     done
 }
 
 main() {
-    local all=(--all-used) here=() guests=() program
-    case ${1:-} in
-        --run) run "${@:2}" && exit ;;
-        --some) all=() && shift ;;
-        -*) fail "unknown option $1" ;;
-    esac
+    local all=(--all-used) add='' here=() guests=() program
+    while [[ ${1:-} == -* ]]; do
+        case $1 in
+            --run) run "${@:2}" && exit ;;
+            --some) all=() ;;
+            --add) add=yes ;;
+            *) fail "unknown option $1" ;;
+        esac
+        shift
+    done
     command -v strace >/dev/null || fail "there is no strace: install the package strace"
     [[ -x $binary ]] || fail "no binary $binary: run make build"
     if (($# == 0)); then
@@ -39,9 +46,13 @@ main() {
         set -- "${programs[@]}"
     fi
     for program in "$@"; do
+        # In a jail there is nothing to trace with.
+        [[ ${program##*/} != *_jailer* ]] || continue
         if [[ ${program##*/} == guest_* ]]; then guests+=("$program"); else here+=("$program"); fi
     done
-    rm -rf "$traces" && mkdir -p "$traces/out"
+    [[ $add ]] || rm -rf "$traces"
+    # Some monitors are another user's.
+    mkdir -p "$traces/out" && chmod 1777 "$traces/out"
     # -D: the monitor stays the child of the test, which measures and signals it.
     cat >"$traces/mayfly" <<END
 #!/bin/sh
@@ -50,8 +61,9 @@ END
     chmod +x "$traces/mayfly"
     ((${#here[@]} == 0)) || run "${here[@]}"
     ((${#guests[@]} == 0)) ||
-        tests/lab/lab.sh --share-out "$traces/out" --timeout 0 -- tests/seccomp/coverage.sh --run "${guests[@]}"
-    cargo run -q -p mayfly-tests --bin filter_coverage --locked -- "${all[@]}" "$FILTERS" "$traces"/out/*
+        tests/lab/lab.sh --share-out "$traces/out" --timeout 0 -- \
+            env FILTERS="${FILTERS:-}" tests/seccomp/coverage.sh --run "${guests[@]}"
+    cargo run -q -p mayfly-tests --bin filter_coverage --locked -- "${all[@]}" "$RULES" "$traces"/out/*
 }
 
 main "$@"
