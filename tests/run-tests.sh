@@ -55,26 +55,40 @@ list_tests() {
     done
 }
 
-# run_listed THREADS: runs the tests of the list on standard input, one program after the other.
+# run_listed PROGRAMS THREADS: runs the tests of the list on standard input: so many programs at a time, each with so many
+# tests at a time. What a program says is kept in $LOGS/run.PROGRAM.log, and shown when it has ended.
 run_listed() {
-    local program name code=0
+    local program name
     local -A names=()
+    rm -f "$LOGS/wrong"
     while read -r program name; do names[$program]+=" $name"; done
+    # Those with many tests begin, so that none of them is left over at the end.
     for program in "${!names[@]}"; do
-        say "${program##*/}"
+        echo "$(wc -w <<<"${names[$program]}") $program"
+    done | sort -rn >"$LOGS/order"
+    while read -r _ program; do
+        while (($(jobs -rp | wc -l) >= $1)); do wait -n || true; done
         # shellcheck disable=SC2086 # names of tests have no blanks
-        "$program" --test-threads "$1" --exact ${names[$program]} || code=1
-    done
-    return "$code"
+        run_program "$program" "$2" ${names[$program]} </dev/null &
+    done <"$LOGS/order"
+    wait
+    [[ ! -e $LOGS/wrong ]]
+}
+
+# run_program PROGRAM THREADS TEST...
+run_program() {
+    local log=$LOGS/run.${1##*/}.log
+    { say "${1##*/}" && "$1" --test-threads "$2" --exact "${@:3}"; } >>"$log" 2>&1 || : >"$LOGS/wrong"
+    cat "$log"
 }
 
 life_cycle_tests() {
     list_tests "${life_cycle[@]}" >"$LOGS/pending"
     if { : <>/dev/kvm; } 2>/dev/null; then
-        run_listed 2 <"$LOGS/pending"
+        run_listed 1 2 <"$LOGS/pending"
     else
         say "no /dev/kvm here: using the lab"
-        run_in_lab life-cycle 2
+        run_in_lab 1 2
     fi
 }
 
@@ -90,7 +104,7 @@ guest_tests() {
     resources/guest/build.sh || return
     resources/guest/tools.sh || return
     list_tests "${guest[@]}" >"$LOGS/pending"
-    run_in_lab guest "$MAYFLY_TEST_THREADS"
+    run_in_lab "$MAYFLY_TEST_THREADS" 1
 }
 
 # Tests that can go on for longer, and how long they do for `make soak`.
@@ -102,25 +116,23 @@ soak() {
     filters=("${SOAKS[@]}")
 }
 
-# run_in_lab PART THREADS: runs the tests listed in $LOGS/pending where there is KVM. An emulated host can die of a fault
+# run_in_lab PROGRAMS THREADS: runs the tests listed in $LOGS/pending where there is KVM. An emulated host can die of a fault
 # in the emulation; then what has not passed runs again in a new one. What failed in an emulated host runs once more, alone
 # in a new one, as a fault of the emulation can also look like one of the guest; the summary names what passed only then.
 run_in_lab() {
-    local try code threads=$2 again=''
+    local try code programs=$1 threads=$2 again=''
     for ((try = 1; try <= LAB_TRIES; try++)); do
         code=0
         tests/lab/lab.sh --share-out "$LOGS" --memory "$(lab_memory)" --timeout "$lab_time" -- \
-            tests/run-tests.sh --listed "$threads" || code=$?
-        # The log is written by a pipe of its own.
-        sleep 1
+            tests/run-tests.sh --listed "$programs" "$threads" || code=$?
         ((code != 0)) || return 0
-        left_over "$1"
+        left_over
         if ((code == LAB_FAILED)); then
             say "the emulated host died (try $try of $LAB_TRIES); $(wc -l <"$LOGS/pending") tests have not passed yet"
         elif [[ $again ]] || has_kvm; then
             return "$code"
         else
-            again=yes threads=1
+            again=yes programs=1 threads=1
             cat "$LOGS/pending" >>"$LOGS/again"
             say "running again in a new emulated host what failed: $(wc -l <"$LOGS/pending") tests"
         fi
@@ -128,9 +140,9 @@ run_in_lab() {
     return 1
 }
 
-# left_over PART: takes the tests that have passed out of $LOGS/pending.
+# left_over: takes the tests that have passed out of $LOGS/pending.
 left_over() {
-    verdicts "$LOGS/$1.log" | sed -n 's/ ok$//p' >"$LOGS/passed"
+    verdicts "$LOGS"/run.*.log | sed -n 's/ ok$//p' >"$LOGS/passed"
     awk 'NR == FNR { passed[$0]; next } { name = $0; sub(/.*\//, "", name) } !(name in passed)' \
         "$LOGS/passed" "$LOGS/pending" >"$LOGS/left"
     mv "$LOGS/left" "$LOGS/pending"
@@ -181,7 +193,7 @@ main() {
     # Seconds after which a lab host is given up.
     local lab_time=3600
     case ${1:-} in
-        --listed) run_listed "$2" <"$LOGS/pending" && exit || exit 1 ;;
+        --listed) run_listed "$2" "$3" <"$LOGS/pending" && exit || exit 1 ;;
         --unit | --life-cycle | --openapi | --guest) parts=${1#--} && shift ;;
         -h | --help) usage && exit ;;
         --soak) ;;

@@ -1,23 +1,27 @@
 //! The metadata service as a Linux guest uses it: wget and nc through the card, beside ordinary traffic.
 
-use std::net::Ipv4Addr;
-
+use mayfly_tests::network::Subnet;
 use mayfly_tests::{Guest, Net, Result, Tap, TestVm, Vm};
 use serde_json::{Value, json};
 
-/// A machine whose card `net0` is on a tap with the network `10.77.NUMBER.0/24`.
+/// A machine whose card `net0` is on a tap of a network.
 struct Machine {
     vm: Vm,
-    number: u8,
+    subnet: Subnet,
     _tap: Tap,
 }
 
 /// Boots a machine with this service and, when there is room for it, with a long value in it.
-fn boot(name: &str, number: u8, service: Value, customize: impl FnOnce(TestVm) -> TestVm) -> Result<Machine> {
-    let tap = Tap::create(&format!("mftest{number}"), Ipv4Addr::new(10, 77, number, 1))?;
+fn boot(
+    name: &str,
+    subnet: Subnet,
+    service: Value,
+    customize: impl FnOnce(TestVm) -> TestVm,
+) -> Result<Machine> {
+    let tap = subnet.tap()?;
     let vm = TestVm::new(name)
         .args(["--http-api-max-payload-size", "300000"])
-        .boot_arg(&format!("mayfly.ip=10.77.{number}.2/24"))
+        .boot_arg(&subnet.boot_arg())
         .section("mmds-config", service)
         .config_file();
     let vm = customize(vm.net(Net::new("net0", &tap).with("mtu", 1400))).boot()?;
@@ -30,7 +34,7 @@ fn boot(name: &str, number: u8, service: Value, customize: impl FnOnce(TestVm) -
     vm.put("/mmds", &document)?.success()?;
     Ok(Machine {
         vm,
-        number,
+        subnet,
         _tap: tap,
     })
 }
@@ -95,12 +99,8 @@ fn assert_connections_are_kept(guest: &Guest) -> Result {
 #[test]
 fn v1_is_read_with_wget_beside_other_traffic() -> Result {
     let service = json!({"network_interfaces": ["net0"]});
-    let machine = boot("mmds-v1", 30, service, |vm| vm.vcpus(2))?;
-    let (vm, guest, host) = (
-        &machine.vm,
-        machine.vm.guest(),
-        format!("10.77.{}.1", machine.number),
-    );
+    let machine = boot("mmds-v1", Subnet(30), service, |vm| vm.vcpus(2))?;
+    let (vm, guest, host) = (&machine.vm, machine.vm.guest(), machine.subnet.host().to_string());
     guest.check("ip route add 169.254.169.254 dev eth0")?;
     assert_documents_are_read(&guest)?;
     assert_long_values_come_whole(&guest)?;
@@ -139,8 +139,8 @@ fn ask(guest: &Guest, lines: &str) -> Result<(String, String)> {
 #[test]
 fn v2_is_read_with_tokens_through_its_card_only() -> Result {
     let service = json!({"network_interfaces": ["net0"], "version": "V2", "ipv4_address": "169.254.42.1"});
-    let other = Tap::create("mftest32", Ipv4Addr::new(10, 77, 32, 1))?;
-    let machine = boot("mmds-v2", 31, service, |vm| {
+    let other = Subnet(32).tap()?;
+    let machine = boot("mmds-v2", Subnet(31), service, |vm| {
         vm.mmio().net(Net::new("net1", &other))
     })?;
     let guest = machine.vm.guest();
