@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::memory_host::MemoryHost;
 use crate::mmds::Mmds;
+use crate::virtio::vhost_user::{self, VhostUserBlock};
 use crate::virtio::{DeviceKind, UpdateError, VirtioDevice, balloon, block, mem, net, pmem, rng, vsock};
 
 /// The config of any device.
@@ -69,6 +70,9 @@ pub enum BuildError {
     /// A disk.
     #[error("Unable to create the virtio block device")]
     Block(#[from] block::OpenError),
+    /// A disk with a vhost-user backend.
+    #[error("Unable to create the vhost-user block device")]
+    VhostUser(#[from] vhost_user::OpenError),
     /// A network card.
     #[error("Could not create the network device")]
     Net(#[from] net::OpenError),
@@ -98,6 +102,16 @@ impl DeviceConfig {
             Self::Vsock(_) => DeviceKind::Vsock,
             Self::Mem(_) => DeviceKind::Mem,
         }
+    }
+
+    /// Whether another process has to see the guest's memory for it.
+    pub fn shares_memory(&self) -> bool {
+        matches!(self, Self::Block(config) if config.socket.is_some())
+    }
+
+    /// The group of its counters, when that is another one than its kind's.
+    pub fn metrics_group(&self) -> Option<&'static str> {
+        self.shares_memory().then_some("vhost_user")
     }
 
     /// Whether the guest boots from it.
@@ -145,6 +159,7 @@ impl DeviceConfig {
     /// and let go of again. A pmem device's file is not, as clients may make it later.
     pub fn check(&self) -> Result<(), BuildError> {
         match self {
+            Self::Block(config) if config.socket.is_some() => drop(remote_disk(config)?),
             Self::Block(config) => drop(config.build()?),
             Self::Net(config) => config.check()?,
             Self::Vsock(config) => drop(config.build()?),
@@ -158,6 +173,7 @@ impl DeviceConfig {
     /// Opens what the device needs and makes it.
     pub fn build(&self, services: &Services<'_>) -> Result<Box<dyn VirtioDevice>, BuildError> {
         Ok(match self {
+            Self::Block(config) if config.socket.is_some() => Box::new(remote_disk(config)?),
             Self::Block(config) => Box::new(config.build()?),
             Self::Net(config) => config.build(services.mmds)?,
             Self::Entropy(config) => Box::new(config.build()),
@@ -167,6 +183,12 @@ impl DeviceConfig {
             Self::Mem(config) => Box::new(config.build(services.memory)?),
         })
     }
+}
+
+/// A disk with a backend.
+fn remote_disk(config: &block::Config) -> Result<VhostUserBlock, BuildError> {
+    config.validate().map_err(block::OpenError::from)?;
+    Ok(VhostUserBlock::new(config)?)
 }
 
 #[cfg(test)]

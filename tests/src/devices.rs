@@ -25,6 +25,11 @@ impl Drive {
         Ok(Self::new(TOOLS, GuestImage::Tools.path()?).read_only())
     }
 
+    /// A disk as the API has it.
+    pub fn from_json(drive: Value) -> Self {
+        Self(drive)
+    }
+
     /// Makes it the root disk.
     pub fn root(self) -> Self {
         self.with("is_root_device", true)

@@ -6,12 +6,13 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::{self, null_mut};
 
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion, VolatileSlice,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion,
+    VolatileSlice,
 };
 
 use crate::config::HugePages;
@@ -98,17 +99,26 @@ pub enum MemoryError {
     },
 }
 
-/// Maps `size_mib` MiB of zeroed RAM of ordinary pages; see [`create_of`].
-pub fn create(size_mib: u64) -> Result<GuestMemory, MemoryError> {
-    create_of(HugePages::None, size_mib)
+/// Who sees guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// This process. The kernel's image can be mapped over it.
+    Private,
+    /// Also processes that are given its files: a part is a file without a name.
+    Shared,
 }
 
-/// Maps `size_mib` MiB of zeroed RAM as private anonymous memory, in one part or in two around the hole below 4 GiB.
+/// Maps `size_mib` MiB of zeroed private RAM of ordinary pages; see [`create_of`].
+pub fn create(size_mib: u64) -> Result<GuestMemory, MemoryError> {
+    create_of(HugePages::None, Sharing::Private, size_mib)
+}
+
+/// Maps `size_mib` MiB of zeroed RAM, in one part or in two around the hole below 4 GiB.
 ///
 /// The host pages come with the first touch, so that more RAM than the host has free can be given to guests that do
 /// not use it; only huge pages that the host has set aside are reserved here, all or none. Every part begins at a
 /// multiple of 2 MiB in this process as it does in the guest, so that huge pages can back it.
-pub fn create_of(pages: HugePages, size_mib: u64) -> Result<GuestMemory, MemoryError> {
+pub fn create_of(pages: HugePages, sharing: Sharing, size_mib: u64) -> Result<GuestMemory, MemoryError> {
     let limit_mib = address_limit() / MIB - (layout::HOLE.end - layout::HOLE.start) / MIB;
     match size_mib {
         0 => return Err(MemoryError::Zero),
@@ -125,7 +135,7 @@ pub fn create_of(pages: HugePages, size_mib: u64) -> Result<GuestMemory, MemoryE
     };
 
     let regions = layout::ram_ranges(size_mib * MIB)
-        .map(|range| region(pages, GuestAddress(range.start), range.end - range.start))
+        .map(|range| region(pages, sharing, GuestAddress(range.start), range.end - range.start))
         .collect::<io::Result<Vec<_>>>()
         .map_err(map_error)?;
     GuestMemory::from_regions(regions).map_err(|error| map_error(io::Error::other(error)))
@@ -133,11 +143,15 @@ pub fn create_of(pages: HugePages, size_mib: u64) -> Result<GuestMemory, MemoryE
 
 /// Private, zeroed memory for the guest address `start`, not yet seen by a guest. Its pages come with the first touch.
 pub fn anonymous(start: GuestAddress, size: u64) -> io::Result<GuestRegion> {
-    region(HugePages::None, start, size)
+    region(HugePages::None, Sharing::Private, start, size)
 }
 
-fn region(pages: HugePages, start: GuestAddress, size: u64) -> io::Result<GuestRegion> {
-    let mapping = map_ram(pages, usize::try_from(size).map_err(io::Error::other)?)?;
+fn region(pages: HugePages, sharing: Sharing, start: GuestAddress, size: u64) -> io::Result<GuestRegion> {
+    let length = usize::try_from(size).map_err(io::Error::other)?;
+    let mapping = match sharing {
+        Sharing::Private => map_ram(pages, length)?,
+        Sharing::Shared => map_shared(pages, length)?,
+    };
     GuestRegion::new(mapping, start).ok_or_else(|| io::Error::other("the guest address range overflows"))
 }
 
@@ -248,20 +262,45 @@ pub fn address_limit() -> u64 {
 fn map_ram(pages: HugePages, length: usize) -> io::Result<MmapRegion<()>> {
     match pages {
         HugePages::None => map_aligned(length),
-        HugePages::Transparent => {
-            let region = map_aligned(length)?;
-            // SAFETY: the range is the whole mapping that `region` owns; the advice changes what backs it and nothing
-            // of what it holds.
-            match unsafe { libc::madvise(region.as_ptr().cast(), length, libc::MADV_HUGEPAGE) } {
-                0 => Ok(region),
-                _ => Err(io::Error::last_os_error()),
-            }
-        }
+        HugePages::Transparent => ask_for_huge_pages(map_aligned(length)?),
         HugePages::Hugetlbfs2M => {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
             let access = libc::PROT_READ | libc::PROT_WRITE;
             MmapRegion::build(None, length, access, flags).map_err(into_io_error)
         }
+    }
+}
+
+fn ask_for_huge_pages(region: MmapRegion<()>) -> io::Result<MmapRegion<()>> {
+    // SAFETY: needed as no wrapper gives advice. The range is the whole mapping that `region` owns; the advice changes
+    // what backs it and nothing of what it holds.
+    match unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) } {
+        0 => Ok(region),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Maps a file in memory that has no name and that other processes can be given.
+fn map_shared(pages: HugePages, length: usize) -> io::Result<MmapRegion<()>> {
+    let flags = match pages {
+        HugePages::None | HugePages::Transparent => libc::MFD_CLOEXEC,
+        HugePages::Hugetlbfs2M => libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+    };
+    // SAFETY: needed as no safe wrapper exists. The name is a constant that ends with NUL.
+    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, and nobody else owns it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(length as u64)?;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let region = MmapRegion::build(Some(FileOffset::new(file, 0)), length, access, flags);
+    let region = region.map_err(into_io_error)?;
+    match pages {
+        HugePages::Transparent => ask_for_huge_pages(region),
+        HugePages::None | HugePages::Hugetlbfs2M => Ok(region),
     }
 }
 

@@ -21,7 +21,7 @@ use crate::event_loop::IoLoops;
 use crate::events::EventBus;
 use crate::kvm::{self, KvmError};
 use crate::legacy::{Legacy, LegacyError};
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, MemoryError, Sharing};
 use crate::metrics::prometheus::Exposition;
 use crate::metrics::{TickRate, Totals, add_to_sum};
 use crate::seccomp::Filters;
@@ -84,6 +84,12 @@ pub enum HotplugError {
     /// A guest finds its root device when it boots.
     #[error("device '{0}' cannot become the root device of a running machine")]
     Root(String),
+    /// A vhost-user backend needs memory that was made for it.
+    #[error(
+        "device '{0}' has a vhost-user backend, which cannot see the memory of this machine: \
+         start it with a drive that has a socket to have memory that is shared"
+    )]
+    PrivateMemory(String),
     /// It cannot be made or connected.
     #[error(transparent)]
     Device(#[from] DeviceSetError),
@@ -93,7 +99,8 @@ pub enum HotplugError {
 fn io_filters(config: &VmConfig, settings: &Settings) -> Filters {
     let present: Vec<_> = config.devices().iter().map(DeviceConfig::kind).collect();
     let possible = |kind| present.contains(&kind) || (settings.api && can_come_and_go(kind));
-    settings.filters.clone().for_devices(possible, settings.api)
+    let filters = settings.filters.clone().for_devices(possible, settings.api);
+    filters.for_backends(config.shares_memory())
 }
 
 /// How machines are built, beyond their config.
@@ -143,6 +150,8 @@ pub struct Vm {
     kvm: Arc<kvm::Vm>,
     pause: Option<Pause>,
     ticks: TickRate,
+    /// Whether other processes can see its memory.
+    shares_memory: bool,
     config: VmConfig,
     _memory: SharedMemory,
 }
@@ -161,7 +170,11 @@ impl Vm {
             .transpose()?;
         let kvm = kvm::open(template.as_ref().map_or(&[], |custom| &custom.kvm_capabilities))?;
         let machine = &config.machine_config;
-        let ram = memory::create_of(machine.huge_pages, machine.mem_size_mib as u64)?;
+        let sharing = match config.shares_memory() {
+            true => Sharing::Shared,
+            false => Sharing::Private,
+        };
+        let ram = memory::create_of(machine.huge_pages, sharing, machine.mem_size_mib as u64)?;
         let vm = Arc::new(kvm::Vm::new(&kvm, &ram, machine.track_dirty_pages)?);
         let cpu = Cpu::new(&kvm, &vm, machine, template)?;
         // What devices add to it is not RAM: the memory map must not have it.
@@ -238,6 +251,7 @@ impl Vm {
             kvm: vm,
             pause,
             ticks: TickRate::start(),
+            shares_memory: sharing == Sharing::Shared,
             config,
             _memory: memory,
         })
@@ -287,6 +301,9 @@ impl Vm {
         config.put_device(device.clone())?;
         if device.is_root() {
             return Err(HotplugError::Root(device.id().into()));
+        }
+        if device.shares_memory() && !self.shares_memory {
+            return Err(HotplugError::PrivateMemory(device.id().into()));
         }
         self.devices.hotplug(device)?;
         self.config = config;

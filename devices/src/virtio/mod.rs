@@ -19,6 +19,7 @@ pub mod rng;
 pub mod slot;
 pub mod state;
 pub mod throttle;
+pub mod vhost_user;
 pub mod vsock;
 
 use std::io;

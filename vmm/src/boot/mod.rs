@@ -108,9 +108,11 @@ pub fn add_device_parameters(
 pub fn load(memory: &GuestMemory, plan: &Plan<'_>) -> Result<Entry, BootError> {
     let source = &plan.config.boot_source;
     let image = Image::open(ImageKind::Kernel, source.kernel_image_path.as_ref())?;
+    // Pages of the image would be others than those that are shared.
+    let private = !plan.config.shares_memory();
     let placement = match plan.config.machine_config.huge_pages {
-        HugePages::None => Placement::Mapped,
-        HugePages::Transparent | HugePages::Hugetlbfs2M => Placement::Copied,
+        HugePages::None if private => Placement::Mapped,
+        _ => Placement::Copied,
     };
     let kernel = kernel::load(memory, &image, placement)?;
     let initrd = match &source.initrd_path {

@@ -47,6 +47,12 @@ pub enum ConfigError {
     /// The count of io threads is out of range.
     #[error("Machine config error: io_threads is {0}; it must be 1 to {MAX_IO_THREADS}")]
     IoThreads(u8),
+    /// Memory that a vhost-user backend would not see.
+    #[error(
+        "drive '{0}' has a vhost-user backend, which does not see memory that is plugged in: leave out one of them, \
+         the drive or memory-hotplug"
+    )]
+    UnseenMemory(String),
     /// The command line is too long.
     #[error("Boot source error: boot_args is {0} bytes long; at most {MAX_BOOT_ARGS} fit")]
     BootArgs(usize),
@@ -202,6 +208,11 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
+    /// Whether other processes have to see the guest's memory.
+    pub fn shares_memory(&self) -> bool {
+        self.devices().iter().any(DeviceConfig::shares_memory)
+    }
+
     /// The virtio devices, in the order in which the guest finds them.
     pub fn devices(&self) -> Vec<DeviceConfig> {
         let drives = self.drives.iter().cloned().map(DeviceConfig::Block);
@@ -247,7 +258,10 @@ impl VmConfig {
             DeviceConfig::Balloon(balloon) => self.put_balloon(balloon)?,
             DeviceConfig::Pmem(pmem) => self.put_pmem(pmem)?,
             DeviceConfig::Vsock(vsock) => self.vsock = Some(vsock),
-            DeviceConfig::Mem(mem) => self.memory_hotplug = Some(mem),
+            DeviceConfig::Mem(mem) => {
+                self.check_memory_is_seen(true)?;
+                self.memory_hotplug = Some(mem);
+            }
         }
         Ok(())
     }
@@ -256,10 +270,24 @@ impl VmConfig {
         if drive.is_root_device {
             self.check_only_root("Drive", DeviceKind::Block, &drive.drive_id)?;
         }
-        put_by(&mut self.drives, drive, |d| &d.drive_id);
+        let mut drives = self.drives.clone();
+        put_by(&mut drives, drive, |d| &d.drive_id);
+        let before = std::mem::replace(&mut self.drives, drives);
+        if let Err(error) = self.check_memory_is_seen(self.memory_hotplug.is_some()) {
+            self.drives = before;
+            return Err(error);
+        }
         // The root disk is the guest's first, whatever the order of requests.
         self.drives.sort_by_key(|d| !d.is_root_device);
         Ok(())
+    }
+
+    /// Checks that there are not both: memory that is plugged in, and a backend, which would not see it.
+    fn check_memory_is_seen(&self, is_plugged: bool) -> Result<(), ConfigError> {
+        match self.drives.iter().find(|drive| drive.socket.is_some()) {
+            Some(drive) if is_plugged => Err(ConfigError::UnseenMemory(drive.drive_id.clone())),
+            _ => Ok(()),
+        }
     }
 
     fn put_balloon(&mut self, balloon: balloon::Config) -> Result<(), ConfigError> {

@@ -281,6 +281,7 @@ impl DeviceSet {
             totals.devices.push(DeviceMetrics {
                 kind: device.config.kind(),
                 id: device.config.id().into(),
+                group: device.config.metrics_group(),
                 counters,
             });
         }

@@ -61,7 +61,7 @@ fn mapping_flags(memory: &GuestMemory) -> Vec<String> {
 
 #[test]
 fn transparent_huge_pages_are_asked_for() {
-    let flags = |pages| mapping_flags(&create_of(pages, 16).unwrap());
+    let flags = |pages| mapping_flags(&create_of(pages, Sharing::Private, 16).unwrap());
 
     assert!(flags(HugePages::Transparent).contains(&"hg".to_owned()));
     assert!(!flags(HugePages::None).contains(&"hg".to_owned()));
@@ -69,7 +69,7 @@ fn transparent_huge_pages_are_asked_for() {
 
 #[test]
 fn without_reserved_huge_pages_the_remedy_is_named() {
-    let message = create_of(HugePages::Hugetlbfs2M, 1 << 20)
+    let message = create_of(HugePages::Hugetlbfs2M, Sharing::Private, 1 << 20)
         .unwrap_err()
         .to_string();
 
@@ -217,4 +217,28 @@ fn discarded_pages_are_zero_and_others_stay() {
     discard(&region, PAGE..2 * PAGE).unwrap();
     assert_eq!([0, PAGE, 2 * PAGE].map(|offset| read(&region, offset)), [9, 0, 9]);
     assert!(discard(&region, PAGE..5 * PAGE).is_err());
+}
+
+#[test]
+fn shared_memory_is_the_content_of_a_file() {
+    for pages in [HugePages::None, HugePages::Transparent] {
+        let memory = create_of(pages, Sharing::Shared, 4).unwrap();
+        memory.write_obj(0x1234_5678u32, GuestAddress(0x10_0000)).unwrap();
+        let region = memory.find_region(GuestAddress(0)).unwrap();
+        let file = region.file_offset().unwrap();
+        let mut bytes = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(file.file(), &mut bytes, 0x10_0000).unwrap();
+        assert_eq!(
+            (u32::from_le_bytes(bytes), file.file().metadata().unwrap().len()),
+            (0x1234_5678, 4 << 20)
+        );
+    }
+    let private = create(4).unwrap();
+    assert!(
+        private
+            .find_region(GuestAddress(0))
+            .unwrap()
+            .file_offset()
+            .is_none()
+    );
 }

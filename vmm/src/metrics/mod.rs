@@ -42,6 +42,8 @@ pub struct DeviceMetrics {
     pub kind: DeviceKind,
     /// Which one.
     pub id: String,
+    /// The group that it has in place of its kind's, of which it is no part then.
+    pub group: Option<&'static str>,
     /// Its counters since its creation.
     pub counters: Value,
 }
@@ -59,10 +61,18 @@ impl Totals {
     /// The content of a line: devices are summed per kind, and those that users name have a group each.
     pub fn into_line(self) -> Map<String, Value> {
         let mut line = self.groups;
-        for DeviceMetrics { kind, id, counters } in self.devices {
-            add_to_sum(&mut line, &json!({(kind.name()): &counters}));
+        for DeviceMetrics {
+            kind,
+            id,
+            group,
+            counters,
+        } in self.devices
+        {
+            if group.is_none() {
+                add_to_sum(&mut line, &json!({(kind.name()): &counters}));
+            }
             if kind.label().is_some() {
-                line.insert(format!("{}_{id}", kind.name()), counters);
+                line.insert(format!("{}_{id}", group.unwrap_or(kind.name())), counters);
             }
         }
         line
@@ -71,7 +81,9 @@ impl Totals {
 
 /// Whether a value is what it is, and not a count of what has happened.
 pub(crate) fn is_absolute(group: &str, key: &str) -> bool {
-    group == "latencies_us" || group == "api_server" || matches!(key, "min_us" | "max_us")
+    let absolute = group == "latencies_us" || group == "api_server";
+    // The three durations of a vhost-user device are those of the last time.
+    absolute || matches!(key, "min_us" | "max_us") || group.starts_with("vhost_user") && key.ends_with("_us")
 }
 
 #[cfg(test)]
@@ -83,17 +95,22 @@ mod tests {
         let device = |kind, id: &str, count| DeviceMetrics {
             kind,
             id: id.into(),
+            group: None,
             counters: json!({"n": count}),
         };
         let devices = vec![
             device(DeviceKind::Block, "a", 1),
             device(DeviceKind::Block, "b", 2),
+            DeviceMetrics {
+                group: Some("vhost_user"),
+                ..device(DeviceKind::Block, "c", 16)
+            },
             device(DeviceKind::Entropy, "entropy", 4),
         ];
         let groups = Map::from_iter([("vcpu".to_owned(), json!({"n": 8}))]);
         assert_eq!(
             Value::Object(Totals { groups, devices }.into_line()),
-            json!({"block": {"n": 3}, "block_a": {"n": 1}, "block_b": {"n": 2}, "entropy": {"n": 4}, "vcpu": {"n": 8}})
+            json!({"block": {"n": 3}, "block_a": {"n": 1}, "block_b": {"n": 2}, "vhost_user_c": {"n": 16}, "entropy": {"n": 4}, "vcpu": {"n": 8}})
         );
     }
 

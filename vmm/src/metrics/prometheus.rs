@@ -34,10 +34,16 @@ impl Exposition {
         for kind in KINDS.iter().filter(|kind| kind.label().is_some()) {
             groups.remove(kind.name());
         }
-        for DeviceMetrics { kind, id, counters } in &devices {
+        for DeviceMetrics {
+            kind,
+            id,
+            group,
+            counters,
+        } in &devices
+        {
             match (kind.label(), counters) {
                 (Some(label), Value::Object(counters)) => {
-                    self.counters(kind.name(), &[(label, id)], counters);
+                    self.counters(group.unwrap_or(kind.name()), &[(label, id)], counters);
                 }
                 _ => add_to_sum(&mut groups, &json!({(kind.name()): counters})),
             }
@@ -152,6 +158,7 @@ mod tests {
     fn totals(groups: Value, devices: &[(&str, Value)]) -> Totals {
         let device = |(id, counters): &(&str, Value)| DeviceMetrics {
             kind: DeviceKind::Block,
+            group: None,
             id: (*id).into(),
             counters: counters.clone(),
         };

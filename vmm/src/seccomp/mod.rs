@@ -24,6 +24,9 @@ pub use refused::Refused;
 /// The filters of `resources/seccomp/x86_64.json`.
 static BUILT_IN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/seccomp"));
 
+/// The group of what io threads do for disks that have a backend.
+const BACKENDS: &str = "vhost_user";
+
 /// How groups end that have what io threads do only when a client asks for a change of a device.
 const CHANGES: &str = " changes";
 
@@ -99,6 +102,8 @@ pub struct Filters {
     others: Vec<DeviceKind>,
     /// Whether devices can be changed.
     changes: bool,
+    /// Whether there can be disks with a backend.
+    backends: bool,
 }
 
 impl Filters {
@@ -130,6 +135,7 @@ impl Filters {
             image: Some(Arc::new(image)),
             others: Vec::new(),
             changes: true,
+            backends: true,
         }
     }
 
@@ -147,6 +153,13 @@ impl Filters {
         self
     }
 
+    /// Lets io threads do without what only disks with a vhost-user backend need, unless there can be some.
+    #[must_use]
+    pub fn for_backends(mut self, possible: bool) -> Self {
+        self.backends = possible;
+        self
+    }
+
     /// Whether a thread can do without a group of rules.
     fn is_unneeded(&self, thread: Thread, group: &str) -> bool {
         let kind = group.strip_suffix(CHANGES);
@@ -155,7 +168,8 @@ impl Filters {
                 .others
                 .iter()
                 .any(|other| other.name() == kind.unwrap_or(group))
-                || (kind.is_some() && !self.changes))
+                || (kind.is_some() && !self.changes)
+                || (group == BACKENDS && !self.backends))
     }
 
     /// Installs the filter of the calling thread, for the rest of its life.

@@ -56,6 +56,7 @@ fn program(image: &[u8], thread: Thread) -> Option<Vec<libc::sock_filter>> {
 /// The program of an io thread that has only these devices.
 fn io_program(possible: impl Fn(DeviceKind) -> bool, changes: bool) -> Vec<libc::sock_filter> {
     let filters = Filters::built_in().for_devices(possible, changes);
+    let filters = filters.for_backends(false);
     filters.program(BUILT_IN, Thread::Io).unwrap()
 }
 
@@ -131,6 +132,7 @@ fn no_thread_makes_code() {
                 (libc::SYS_mprotect, &[0, 4096, 0xf_0000_0004]),
                 (libc::SYS_pkey_mprotect, &[0, 4096, 4]),
                 (libc::SYS_memfd_create, &[]),
+                (libc::SYS_memfd_create, &[0, 2]),
             ],
             TRAP,
         );
@@ -138,6 +140,33 @@ fn no_thread_makes_code() {
     // Memory of the allocator is all that threads that serve the guest map.
     assert_verdicts(Thread::Vcpu, &[(libc::SYS_mmap, &[0, 4096, 3, private])], ALLOW);
     assert_verdicts(Thread::Vcpu, &[(libc::SYS_mmap, &[0, 4096, 3, fixed])], TRAP);
+}
+
+#[test]
+fn only_the_control_thread_makes_memory_that_backends_share() {
+    let calls: [(libc::c_long, &[u64]); 2] = [
+        (libc::SYS_memfd_create, &[0, 1]),
+        (libc::SYS_memfd_create, &[0, 0x5400_0005]),
+    ];
+    for thread in THREADS {
+        let expected = if thread == Thread::Control { ALLOW } else { TRAP };
+        assert_verdicts(thread, &calls, expected);
+    }
+}
+
+#[test]
+fn an_io_thread_talks_to_backends_only_where_there_can_be_some() {
+    let program = |possible| {
+        let filters = Filters::built_in().for_devices(|kind| kind == DeviceKind::Block, true);
+        filters
+            .for_backends(possible)
+            .program(BUILT_IN, Thread::Io)
+            .unwrap()
+    };
+    let set_timeout = call(libc::SYS_setsockopt, &[3, 1, 20]);
+    assert_eq!(run(&program(true), X86_64, &set_timeout), ALLOW);
+    assert_eq!(run(&program(false), X86_64, &set_timeout), TRAP);
+    assert_eq!(verdict(Thread::Vcpu, libc::SYS_setsockopt, &[3, 1, 20]), TRAP);
 }
 
 #[test]

@@ -118,14 +118,13 @@ pub enum ConfigError {
         /// Which drive.
         drive_id: String,
     },
-    /// A vhost-user drive.
-    #[error(
-        "drive '{drive_id}' asks for a vhost-user backend, which this version does not have yet: \
-         give path_on_host in place of socket"
-    )]
+    /// A setting that a vhost-user backend has.
+    #[error("drive '{drive_id}' has a vhost-user backend, which decides on {setting}: leave that out")]
     VhostUser {
         /// Which drive.
         drive_id: String,
+        /// Which setting.
+        setting: &'static str,
     },
     /// The partition goes to the kernel's command line, so it must not smuggle other arguments in.
     #[error(
@@ -168,8 +167,9 @@ impl Config {
         if self.path_on_host.is_some() == self.socket.is_some() {
             return Err(ConfigError::Backend { drive_id: drive_id() });
         }
-        if self.socket.is_some() {
-            return Err(ConfigError::VhostUser { drive_id: drive_id() });
+        if let Some(setting) = self.socket.as_ref().and_then(|_| self.backends_setting()) {
+            let drive_id = drive_id();
+            return Err(ConfigError::VhostUser { drive_id, setting });
         }
         let queues = self.queue_count();
         if !(1..=MAX_QUEUES).contains(&queues) {
@@ -206,6 +206,19 @@ impl Config {
             }
             _ => None,
         }
+    }
+
+    /// A setting that says other than its default and that is the backend's with vhost-user.
+    fn backends_setting(&self) -> Option<&'static str> {
+        let settings = [
+            (self.read_only(), "is_read_only"),
+            (self.rate_limiter.is_some(), "rate_limiter"),
+            (self.io_engine == Some(IoEngine::Async), "io_engine"),
+            (self.format.is_some(), "format"),
+            (self.backing.is_some(), "backing"),
+            (self.backing_files.is_some(), "backing_files"),
+        ];
+        settings.iter().find(|setting| setting.0).map(|setting| setting.1)
     }
 
     /// True when the guest must not write.

@@ -14,6 +14,8 @@
 //! if ring.needs_interrupt()? { irq.raise(..) }
 //! ```
 
+mod handover;
+
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
@@ -528,6 +530,13 @@ fn load_u16(slice: &VolatileSlice<'_>, offset: usize, order: Ordering) -> u16 {
     slice
         .load::<u16>(offset, order)
         .map(u16::from_le)
+        .expect("`open` checked the ring's size and alignment")
+}
+
+fn load_u32(slice: &VolatileSlice<'_>, offset: usize) -> u32 {
+    slice
+        .load::<u32>(offset, Ordering::Relaxed)
+        .map(u32::from_le)
         .expect("`open` checked the ring's size and alignment")
 }
 

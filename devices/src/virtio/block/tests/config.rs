@@ -61,11 +61,24 @@ fn accepts_both_engines_and_a_limiter_without_effect() {
 }
 
 #[test]
-fn refuses_what_this_version_does_not_have() {
-    assert!(matches!(
-        refusal(r#"{"drive_id":"a","socket":"/s","is_root_device":false}"#),
-        ConfigError::VhostUser { .. }
-    ));
+fn a_drive_with_a_backend_leaves_its_settings_to_that() {
+    let with = |more: &str| {
+        let json = format!(r#"{{"drive_id":"a","socket":"/s","is_root_device":false{more}}}"#);
+        parse(&json).validate()
+    };
+    assert_eq!(with(""), Ok(()));
+    assert_eq!(with(r#","is_read_only":false,"io_engine":"Sync""#), Ok(()));
+    for (more, setting) in [
+        (r#","is_read_only":true"#, "is_read_only"),
+        (
+            r#","rate_limiter":{"ops":{"size":1,"refill_time":1}}"#,
+            "rate_limiter",
+        ),
+        (r#","io_engine":"Async""#, "io_engine"),
+    ] {
+        let drive_id = "a".to_owned();
+        assert_eq!(with(more), Err(ConfigError::VhostUser { drive_id, setting }));
+    }
 }
 
 #[test]
