@@ -161,3 +161,87 @@ fn an_image_is_whole_when_a_busy_machine_is_killed() -> Result {
     }
     Ok(())
 }
+
+/// Moves the drive of a machine to another image.
+fn swap(vm: &Vm, image: &Path) -> Result {
+    let patch = json!({"drive_id": "disk", "path_on_host": image});
+    vm.patch("/drives/disk", &patch)?.success().map(drop)
+}
+
+/// Waits until the guest sees the size of the new image, and lets it forget what it read of the old one.
+fn await_size(vm: &Vm, mib: usize) -> Result {
+    vm.guest()
+        .check(&format!(
+            "n=0; until [ $(cat /sys/block/vda/size) = {} ]; do n=$((n + 1)); [ $n -lt 300 ] || exit 1; sleep 0.1; done; \
+             echo 3 >/proc/sys/vm/drop_caches",
+            mib * 2048
+        ))
+        .map(drop)
+}
+
+/// Writes a word into the sector at a MiB of the disk.
+fn write_word(vm: &Vm, word: &str, mib: usize) -> Result {
+    let dd = format!(
+        "dd of=/dev/vda bs=512 seek={} conv=sync,notrunc,fsync",
+        mib * 2048
+    );
+    vm.guest().check(&format!("echo {word} | {dd}")).map(drop)
+}
+
+/// The word in the sector at a MiB of the disk, if any.
+fn read_word(vm: &Vm, mib: usize) -> Result<String> {
+    let dd = format!("dd if=/dev/vda bs=512 skip={} count=1 2>/dev/null", mib * 2048);
+    vm.guest().check(&format!("{dd} | tr -d '\\0'"))
+}
+
+#[test]
+fn a_running_guest_follows_its_drive_to_other_images() -> Result {
+    let scratch = Scratch::new("follow")?;
+    let [one, two, top] = ["one", "two", "top"].map(|name| scratch.join(format!("{name}.qcow2")));
+    create_qcow2(&one, None, "8M")?;
+    create_qcow2(&two, None, "16M")?;
+    let vm = TestVm::new("follow").drive(cow("disk", &one)).boot()?;
+    write_word(&vm, "first", 7)?;
+
+    swap(&vm, &two)?;
+    await_size(&vm, 16)?;
+    assert_eq!(read_word(&vm, 7)?, "");
+    write_word(&vm, "second", 15)?;
+    // Nobody has it now.
+    qemu_img(["resize", "-q", "-f", "qcow2", path(&one), "24M"])?;
+    swap(&vm, &one)?;
+    await_size(&vm, 24)?;
+    assert_eq!(read_word(&vm, 7)?, "first");
+    write_word(&vm, "grown", 23)?;
+
+    // An image that the machine has grows by another one on top of it.
+    vm.pause()?;
+    qemu_img([
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        path(&one),
+        "-F",
+        "qcow2",
+        path(&top),
+        "32M",
+    ])?;
+    swap(&vm, &top)?;
+    vm.resume()?;
+    await_size(&vm, 32)?;
+    write_word(&vm, "third", 31)?;
+    for (word, mib) in [("first", 7), ("grown", 23), ("third", 31)] {
+        assert_eq!(read_word(&vm, mib)?, word);
+    }
+    vm.guest().assert_no_complaints()?;
+    drop(vm);
+
+    let has = |image: &Path, word: &str, mib: usize| -> Result<bool> {
+        check_qcow2(image)?;
+        Ok(read_qcow2(image)?[mib * MIB..].starts_with(format!("{word}\n").as_bytes()))
+    };
+    assert!(has(&two, "second", 15)? && has(&one, "grown", 23)? && has(&top, "third", 31)?);
+    Ok(())
+}
