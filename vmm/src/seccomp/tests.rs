@@ -292,12 +292,28 @@ fn no_rule_stands_twice_and_every_group_is_used() {
         let used = source.threads.values().any(|groups| groups.contains(name));
         assert!(used, "{name}");
         for (at, rule) in rules.iter().enumerate() {
-            let same = |other: &compiler::Rule| {
-                format!("{:?}", (other.syscall, &other.args)) == format!("{:?}", (rule.syscall, &rule.args))
-            };
+            let same = |other: &compiler::Rule| allowed(other) == allowed(rule);
             assert!(!rules[..at].iter().any(same), "{name}: rule {at}");
         }
     }
+}
+
+/// What a rule is about, for comparison.
+fn allowed(rule: &compiler::Rule) -> String {
+    format!("{:?}", (rule.syscall, &rule.args))
+}
+
+#[test]
+fn the_control_threads_own_rules_repeat_none_of_its_other_groups() {
+    let source = parse(SOURCE.as_bytes()).unwrap();
+    let others = source.threads["control"]
+        .iter()
+        .filter(|group| *group != "control");
+    let rules = others.flat_map(|group| &source.groups[group]);
+    let known: Vec<_> = rules.map(allowed).collect();
+    let own = source.groups["control"].iter().map(allowed);
+    let again: Vec<_> = own.filter(|rule| known.contains(rule)).collect();
+    assert_eq!(again, Vec::<String>::new());
 }
 
 #[test]
