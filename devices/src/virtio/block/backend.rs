@@ -25,6 +25,10 @@ pub(super) trait Backend: Send + Sync {
     fn takes(&self, _offset: u64, _buffers: &Buffers<'_>) -> bool {
         true
     }
+    /// Whether that file is in the host's memory: then no request has a disk to wait for.
+    fn in_memory(&self) -> bool {
+        false
+    }
     /// What keeps its images from other machines.
     fn locks(&self) -> &[Lock];
     /// Fills `buffers` from `offset` on. What is left in `buffers` then is of no meaning.

@@ -103,7 +103,9 @@ impl Block {
                     ring.push(chain.head(), written);
                     engine.give_back(chain);
                 }
-                Admitted::Valid(request, status) if self.overlaps(request, &chain) => {
+                Admitted::Valid(request, status)
+                    if self.overlaps(request, &chain) && !self.stands_alone(engine, ring)? =>
+                {
                     let len = request.bytes(&chain);
                     bytes += len;
                     // SAFETY: needed to keep the chain beyond this call. The caller keeps the guest's memory.
@@ -193,6 +195,12 @@ impl Block {
             Request::Flush => true,
             Request::GetId | Request::Discard { .. } | Request::WriteZeroes { .. } => false,
         }
+    }
+
+    /// Whether a request has neither a disk to wait for nor others to overlap with. The kernel would hand it to another
+    /// thread, which costs more than to carry it out.
+    fn stands_alone(&self, engine: &Uring, ring: &Ring<'_, '_>) -> Result<bool, QueueError> {
+        Ok(self.backend.in_memory() && engine.is_empty() && ring.pending()? == 0)
     }
 
     /// Follows a swap that another part of the device has made, with nothing in flight. If it cannot, requests are carried

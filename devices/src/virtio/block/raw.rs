@@ -31,6 +31,8 @@ pub(super) struct Raw {
     block: Option<u64>,
     /// How requests are aligned, when they go past the page cache.
     direct: Option<Direct>,
+    /// On a file system that has no disk.
+    in_memory: bool,
 }
 
 impl Raw {
@@ -85,9 +87,12 @@ impl Raw {
         check_kind(path, &metadata)?;
         set_blocking(&file, flags).map_err(host("set the mode of"))?;
         let size = file.seek(SeekFrom::End(0)).map_err(host("find the size of"))?;
-        let block = match metadata.file_type().is_block_device() {
-            true => Some(block_size(&file).map_err(host("find the block size of"))?),
-            false => None,
+        let (block, in_memory) = match metadata.file_type().is_block_device() {
+            true => (
+                Some(block_size(&file).map_err(host("find the block size of"))?),
+                false,
+            ),
+            false => (None, is_on_tmpfs(&file).map_err(host("find the file system of"))?),
         };
         let file = Arc::new(file);
         let lock = [Lock::take(path, &file, !read_only, held)?];
@@ -97,6 +102,7 @@ impl Raw {
             size,
             block,
             direct: None,
+            in_memory,
         })
     }
 
@@ -142,6 +148,10 @@ impl Backend for Raw {
 
     fn file(&self) -> Option<&File> {
         Some(&self.file)
+    }
+
+    fn in_memory(&self) -> bool {
+        self.in_memory
     }
 
     fn locks(&self) -> &[Lock] {
@@ -245,6 +255,20 @@ fn block_size(file: &File) -> io::Result<u64> {
     // SAFETY: needed as std has no ioctl. The kernel writes one int to a place that lives longer; the descriptor is open.
     answer(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size) })?;
     u64::try_from(size).map_err(|_| ErrorKind::InvalidData.into())
+}
+
+/// Whether the file system that a file is on keeps everything in memory.
+fn is_on_tmpfs(file: &File) -> io::Result<bool> {
+    // SAFETY: needed as std has no fstatfs. Zero is a value of all fields, the kernel writes to a structure that lives
+    // longer, and the descriptor is open.
+    let (told, file_system) = unsafe {
+        let mut file_system: libc::statfs = std::mem::zeroed();
+        (libc::fstatfs(file.as_raw_fd(), &mut file_system), file_system)
+    };
+    match told {
+        0 => Ok(file_system.f_type == libc::TMPFS_MAGIC),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Discards the whole blocks of a range; a block device refuses any other.

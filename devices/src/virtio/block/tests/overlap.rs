@@ -283,3 +283,19 @@ fn a_driver_without_flush_has_durable_writes() {
         (OK, true)
     );
 }
+
+#[test]
+fn a_request_that_comes_alone_to_an_image_in_memory_is_answered_at_once() {
+    let image = TempFile::new_in(std::path::Path::new("/dev/shm")).unwrap();
+    image.as_file().set_len(64 * 512).unwrap();
+    let mem = testing::memory(1 << 20);
+    let (mut device, mut guest) = setup(&image, &mem);
+    for (kind, sector) in [(OUT, 1), (FLUSH, 2), (IN, 3)] {
+        offer(&mut guest, kind, sector);
+        guest.kick(&mut device).unwrap();
+        assert_eq!((guest.answered(), status(&guest, sector)), (1, OK));
+    }
+    (0..SECTORS).for_each(|sector| offer(&mut guest, OUT, sector));
+    guest.kick(&mut device).unwrap();
+    await_answers(&mut guest, &mut device, 64);
+}
