@@ -5,7 +5,9 @@
 # emulated host whose clock counts instructions, 2 ns each: such figures are the same on every machine to about 0.3 %,
 # and compare builds, not machines. The start-up, API and disk figures are always this machine's time.
 #
-# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, net, startup, api, disk; default: all)
+# What two queues gain shows only on a host with CPUs for them: the emulated one has a single CPU.
+#
+# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, net, queues, startup, api, disk; default: all)
 # environment: MAYFLY_BENCH_ICOUNT=1   count instructions even where there is KVM
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -14,7 +16,7 @@ readonly PROGRAM=bench
 # shellcheck source=resources/guest/lib.sh
 . resources/guest/lib.sh
 
-readonly CASES=(boot boot-mmio memory block net startup api disk)
+readonly CASES=(boot boot-mmio memory block net queues startup api disk)
 readonly IMAGES=${MAYFLY_GUEST_DIR:-$PWD/build/guest}
 readonly MAYFLY=$PWD/target/x86_64-unknown-linux-gnu/release/mayfly
 # An instruction-counted host now and then stops for good inside the emulated SVM; then it is started again.
@@ -69,7 +71,7 @@ run_counted() {
             "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 apparmor=0 nowatchdog bench.case=$1" \
             </dev/null 2>&1 | tr -d '\r' >"$work/$1.log" || true
         if grep -q '^@exit 0$' "$work/$1.log"; then
-            sed -n '/^[a-z_]* [0-9.-]*$/p' "$work/$1.log"
+            sed -n '/^[a-z0-9_]* [0-9.-]*$/p' "$work/$1.log"
             return
         fi
         ! grep -q '^@exit' "$work/$1.log" || break
@@ -104,6 +106,11 @@ describe() {
         tx_ms) echo "TCP, guest to host, 40 MiB, ms" ;;
         rx_ms) echo "TCP, host to guest, 40 MiB, ms" ;;
         round_trip_us) echo "TCP, 1 byte there and back, us" ;;
+        both_read_us_1) echo "disk with one queue: two CPUs read 4 KiB anywhere, us" ;;
+        both_tx_ms_1) echo "card with one pair: two CPUs send 20 MiB each, ms" ;;
+        both_rx_ms_1) echo "card with one pair: two CPUs receive 20 MiB each, ms" ;;
+        both_*_2) echo "the same with two" ;;
+        both_*_ratio) echo "how many times as fast two are" ;;
         startup_cpu_us) echo "process start to API socket, CPU time, us" ;;
         jailed_startup_cpu_us) echo "jailer start to API socket in the jail, CPU time of both, us" ;;
         startup_cpu_us_quartiles | jailed_startup_cpu_us_quartiles) echo "the quartiles of 200 starts, us" ;;
@@ -125,7 +132,7 @@ main() {
     local cases=("$@") case figures name value counted=1 guest='' host='' startup='' api='' disk=''
     [[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
     ((${#cases[@]})) || cases=("${CASES[@]}")
-    ((EUID == 0)) || die "needs root: the net case creates a network tap"
+    ((EUID == 0)) || die "needs root: the cases net and queues create a network tap"
     require_tools cc:gcc qemu-img:qemu-utils
     ! has_kvm || [[ ${MAYFLY_BENCH_ICOUNT:-} == 1 ]] || counted=''
     [[ ! $counted ]] || require_tools cpio:cpio qemu-system-x86_64:qemu-system-x86

@@ -40,6 +40,7 @@ fn main() {
         }
         Some("block") => block().expect("the disk works"),
         Some("net") => net().expect("the network works"),
+        Some("queues") => queues().expect("disk and network work"),
         _ => {}
     }
     report("end_ms", uptime_ms());
@@ -143,33 +144,41 @@ fn flushes(disk: &File, page: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Sends, receives, and plays ping-pong over TCP.
-fn net() -> io::Result<()> {
+fn send(sink: &mut TcpStream, buffer: &[u8], bytes: usize) -> io::Result<()> {
+    for _ in 0..bytes / buffer.len() {
+        sink.write_all(buffer)?;
+    }
+    // The host answers when it has everything.
+    sink.shutdown(Shutdown::Write)?;
+    sink.read_exact(&mut [0])
+}
+
+fn receive(source: &mut TcpStream, buffer: &mut [u8], bytes: usize) -> io::Result<()> {
+    let mut left = bytes;
+    while left > 0 {
+        let space = left.min(buffer.len());
+        left -= match source.read(&mut buffer[..space])? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => count,
+        };
+    }
+    Ok(())
+}
+
+fn bring_network_up() {
     load_modules(&["virtio_net"]);
     busybox(&["ifconfig", "lo", "127.0.0.1"]);
     busybox(&["ifconfig", "eth0", GUEST, "netmask", "255.255.255.0", "up"]);
+}
+
+/// Sends, receives, and plays ping-pong over TCP.
+fn net() -> io::Result<()> {
+    bring_network_up();
     let mut buffer = vec![0x6d; 64 << 10];
     let mut sink = connect(SINK)?;
-    measure("tx_ms", None, || {
-        for _ in 0..NET_BYTES / buffer.len() {
-            sink.write_all(&buffer)?;
-        }
-        // The host answers when it has everything.
-        sink.shutdown(Shutdown::Write)?;
-        sink.read_exact(&mut [0])
-    })?;
+    measure("tx_ms", None, || send(&mut sink, &buffer, NET_BYTES))?;
     let mut source = connect(SOURCE)?;
-    measure("rx_ms", None, || {
-        let mut left = NET_BYTES;
-        while left > 0 {
-            let space = left.min(buffer.len());
-            left -= match source.read(&mut buffer[..space])? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                count => count,
-            };
-        }
-        Ok(())
-    })?;
+    measure("rx_ms", None, || receive(&mut source, &mut buffer, NET_BYTES))?;
     let mut echo = connect(ECHO)?;
     echo.set_nodelay(true)?;
     measure("round_trip_us", Some(ROUND_TRIPS), || {
@@ -177,6 +186,50 @@ fn net() -> io::Result<()> {
             echo.write_all(&[1])?;
             echo.read_exact(&mut [0])
         })
+    })
+}
+
+/// What both CPUs do at once: read from the disk, send, and receive.
+fn queues() -> io::Result<()> {
+    load_modules(&["virtio_blk"]);
+    bring_network_up();
+    measure("both_read_us", Some(2 * RANDOM_OPS), || {
+        on_both_cpus(|| {
+            let disk = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_DIRECT)
+                .open("/dev/vda")?;
+            let mut memory = vec![0; 2 * 4096];
+            let aligned = memory.as_ptr().align_offset(4096);
+            let page = &mut memory[aligned..][..4096];
+            random(|at| disk.read_exact_at(page, at))
+        })
+    })?;
+    measure("both_tx_ms", None, || {
+        on_both_cpus(|| send(&mut connect(SINK)?, &[0x6d; 64 << 10], NET_BYTES / 2))
+    })?;
+    measure("both_rx_ms", None, || {
+        on_both_cpus(|| receive(&mut connect(SOURCE)?, &mut [0; 64 << 10], NET_BYTES / 2))
+    })
+}
+
+/// Does the same on two CPUs at once.
+fn on_both_cpus(work: impl Fn() -> io::Result<()> + Sync) -> io::Result<()> {
+    let pinned = |cpu: usize| {
+        // SAFETY: a set of CPUs is plain bits, of which all zero is valid; the kernel reads it during the call.
+        let moved = unsafe {
+            let mut cpus: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(cpu, &mut cpus);
+            libc::sched_setaffinity(0, size_of_val(&cpus), &cpus)
+        };
+        assert_eq!(moved, 0, "there is no CPU {cpu}");
+        work()
+    };
+    std::thread::scope(|scope| {
+        let threads = [0, 1].map(|cpu| scope.spawn(move || pinned(cpu)));
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().expect("the work does not panic"))
     })
 }
 

@@ -1,8 +1,8 @@
 //! The host's side of `make bench`: boots one guest whose init is the bench `guest`, serves as its network peer, and prints
 //! a line `NAME VALUE` per figure.
 //!
-//! usage: host CASE MAYFLY KERNEL INITRD, where CASE is boot, boot-mmio, memory, block or net. Needs /dev/kvm and, for
-//! net, root. The clock is the host's; an instruction-counted host makes the figures repeatable.
+//! usage: host CASE MAYFLY KERNEL INITRD, where CASE is boot, boot-mmio, memory, block, net or queues. Needs /dev/kvm and,
+//! for the last two, root. The clock is the host's; an instruction-counted host makes the figures repeatable.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Instant;
 
 use mayfly_tests::{Failure, Result, Scratch, Tap};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const HOST: Ipv4Addr = Ipv4Addr::new(172, 30, 99, 1);
 const SINK: u16 = 7001;
@@ -31,50 +31,102 @@ fn main() -> Result {
         println!("usage: host CASE MAYFLY KERNEL INITRD; `make bench` calls it");
         return Ok(());
     };
-    let scratch = Scratch::new("bench")?;
-    let mut config = json!({
-        "boot-source": {
-            "kernel_image_path": kernel,
-            "initrd_path": initrd,
-            "boot_args": format!("console=ttyS0 quiet reboot=k panic=-1 mitigations=off rdinit=/bench bench={case}"),
-        },
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
-        "drives": [],
-    });
-    // Lives until the monitor has ended.
-    let _tap = match case.as_str() {
-        "net" => {
-            config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": TAP }]);
-            let tap = Tap::create(TAP, HOST)?;
-            serve_network()?;
-            Some(tap)
-        }
-        _ => None,
+    let bench = Bench {
+        case,
+        mayfly,
+        kernel,
+        initrd,
     };
-    if case == "block" {
-        // Written, so that reading it reads pages and not holes.
-        let disk = scratch.file("disk", vec![0x5a; DISK_BYTES])?;
-        config["drives"] = json!([{
-            "drive_id": "disk", "path_on_host": disk, "is_root_device": false, "is_read_only": false,
-            "cache_type": "Writeback",
-        }]);
-    }
-    let file = scratch.file("config.json", config.to_string())?;
-    let mut monitor = Command::new(mayfly);
-    monitor
-        .args(["--no-api", "--level", "Error", "--config-file"])
-        .arg(&file);
-    monitor.args((case == "boot-mmio").then_some("--no-pci"));
-    let boot = case.starts_with("boot");
-    let figures = run(monitor)?;
-    let of_boot = |name: &str| matches!(name, "init_ms" | "total_ms" | "outside_ms");
-    for (name, value) in figures.iter().filter(|(name, _)| of_boot(name) == boot) {
+    let figures = if case == "queues" {
+        compare(bench.measure(1)?, bench.measure(2)?)
+    } else {
+        bench.measure(1)?
+    };
+    for (name, value) in figures {
         println!("{name} {value:.2}");
     }
     Ok(())
 }
 
 type Figures = Vec<(String, f64)>;
+
+/// What devices do with one queue, with two, and how many times as fast two are.
+fn compare(one: Figures, two: Figures) -> Figures {
+    let ratio = |((name, one), (_, two)): ((String, f64), (String, f64))| {
+        let short = name.rsplit_once('_').map_or("", |(short, _)| short);
+        let ratio = (format!("{short}_ratio"), one / two);
+        [(format!("{name}_1"), one), (format!("{name}_2"), two), ratio]
+    };
+    one.into_iter().zip(two).flat_map(ratio).collect()
+}
+
+struct Bench<'a> {
+    case: &'a str,
+    mayfly: &'a str,
+    kernel: &'a str,
+    initrd: &'a str,
+}
+
+impl Bench<'_> {
+    /// The figures of a guest, whose devices have so many queues.
+    fn measure(&self, queues: u16) -> Result<Figures> {
+        let (case, scratch) = (self.case, Scratch::new("bench")?);
+        let mut config = self.config();
+        // Lives until the monitor has ended.
+        let _tap = match case {
+            "net" | "queues" => {
+                config["network-interfaces"] =
+                    json!([{ "iface_id": "eth0", "host_dev_name": TAP, "queues": queues }]);
+                let create = if queues > 1 {
+                    Tap::create_multi_queue
+                } else {
+                    Tap::create
+                };
+                let tap = create(TAP, HOST)?;
+                // Whoever listens outlives the tap, and is there for the next guest.
+                if queues == 1 {
+                    serve_network()?;
+                }
+                Some(tap)
+            }
+            _ => None,
+        };
+        if matches!(case, "block" | "queues") {
+            // Written, so that reading it reads pages and not holes.
+            let disk = scratch.file("disk", vec![0x5a; DISK_BYTES])?;
+            config["drives"] = json!([{
+                "drive_id": "disk", "path_on_host": disk, "is_root_device": false, "is_read_only": false,
+                "cache_type": "Writeback", "queues": queues,
+            }]);
+        }
+        let file = scratch.file("config.json", config.to_string())?;
+        let mut monitor = Command::new(self.mayfly);
+        monitor
+            .args(["--no-api", "--level", "Error", "--config-file"])
+            .arg(&file);
+        monitor.args((case == "boot-mmio").then_some("--no-pci"));
+        let boot = case.starts_with("boot");
+        let of_boot = |name: &str| matches!(name, "init_ms" | "total_ms" | "outside_ms");
+        let mut figures = run(monitor)?;
+        figures.retain(|(name, _)| of_boot(name) == boot);
+        Ok(figures)
+    }
+
+    fn config(&self) -> Value {
+        let several = if self.case == "queues" { 2 } else { 1 };
+        json!({
+            "boot-source": {
+                "kernel_image_path": self.kernel,
+                "initrd_path": self.initrd,
+                "boot_args": format!(
+                    "console=ttyS0 quiet reboot=k panic=-1 mitigations=off rdinit=/bench bench={}", self.case
+                ),
+            },
+            "machine-config": { "vcpu_count": several, "mem_size_mib": MEMORY_MIB, "io_threads": several },
+            "drives": [],
+        })
+    }
+}
 
 /// Runs the monitor; gives the guest's figures, and what the process took beside the guest.
 fn run(mut monitor: Command) -> Result<Figures> {
@@ -181,7 +233,7 @@ fn guest_ram(mappings: &[Mapping]) -> Option<(u64, u64)> {
 /// What is done with a client until it goes away.
 type Service = fn(TcpStream) -> std::io::Result<()>;
 
-/// Serves the guest on the tap: swallows, sends without end, and echoes.
+/// Serves guests on the tap: swallows, sends without end, and echoes.
 fn serve_network() -> Result {
     let services: [(u16, Service); 3] = [(SINK, sink), (SOURCE, source), (ECHO, echo)];
     for (port, service) in services {
@@ -189,7 +241,7 @@ fn serve_network() -> Result {
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 // A client that goes away ends its service.
-                let _ = service(client);
+                thread::spawn(move || _ = service(client));
             }
         });
     }
