@@ -132,6 +132,17 @@ pub fn open(asked: &[Capability]) -> Result<Kvm, KvmError> {
     }
 }
 
+/// A machine with nothing in it. The kernel gives up when work waits for this thread, such as what io_uring has to tell it
+/// of a drive; that is done by the time of the next try.
+fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(failed("create a virtual machine")),
+        }
+    }
+}
+
 /// What CPUs a guest can have here.
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -181,7 +192,7 @@ impl Vm {
     /// The order matters: the TSS address before any vCPU, the interrupt controller before the timer, both before
     /// the first vCPU.
     pub fn new(kvm: &Kvm, memory: &GuestMemory, track_dirty_pages: bool) -> Result<Self, KvmError> {
-        let fd = kvm.create_vm().map_err(failed("create a virtual machine"))?;
+        let fd = create(kvm)?;
         fd.set_tss_address(layout::KVM_TSS)
             .map_err(failed("set the TSS address"))?;
         fd.create_irq_chip()
