@@ -19,7 +19,6 @@ readonly PROGRAM=test
 readonly LOGS=$PWD/build/tests
 # lab.sh's exit code when the lab itself failed, and how many labs are started for one part of the tests.
 readonly LAB_FAILED=125 LAB_TRIES=4
-export MAYFLY_GUEST_COUNT_FILE=$LOGS/guests
 export MAYFLY_TEST_THREADS=${MAYFLY_TEST_THREADS:-2}
 
 usage() { sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
@@ -55,40 +54,81 @@ list_tests() {
     done
 }
 
-# run_listed PROGRAMS THREADS: runs the tests of the list on standard input: so many programs at a time, each with so many
-# tests at a time. What a program says is kept in $LOGS/run.PROGRAM.log, and shown when it has ended.
+# run_listed RUNNER PROGRAMS THREADS: runs the tests in $LOGS/pending by RUNNER: so many programs at a time, each with so
+# many tests at a time. What a program says is kept in $LOGS/run.PROGRAM.log, and shown when it has ended.
 run_listed() {
     local program name
     local -A names=()
     rm -f "$LOGS/wrong"
-    while read -r program name; do names[$program]+=" $name"; done
+    while read -r program name; do names[$program]+=" $name"; done <"$LOGS/pending"
     # Those with many tests begin, so that none of them is left over at the end.
     for program in "${!names[@]}"; do
         echo "$(wc -w <<<"${names[$program]}") $program"
     done | sort -rn >"$LOGS/order"
     while read -r _ program; do
-        while (($(jobs -rp | wc -l) >= $1)); do wait -n || true; done
+        while (($(jobs -rp | wc -l) >= $2)); do wait -n || true; done
         # shellcheck disable=SC2086 # names of tests have no blanks
-        run_program "$program" "$2" ${names[$program]} </dev/null &
+        run_program "$1" "$program" "$3" ${names[$program]} </dev/null &
     done <"$LOGS/order"
     wait
     [[ ! -e $LOGS/wrong ]]
 }
 
-# run_program PROGRAM THREADS TEST...
+# run_program RUNNER PROGRAM THREADS TEST...
 run_program() {
-    local log=$LOGS/run.${1##*/}.log
-    { say "${1##*/}" && "$1" --test-threads "$2" --exact "${@:3}"; } >>"$log" 2>&1 || : >"$LOGS/wrong"
+    local log=$LOGS/run.${2##*/}.log
+    export MAYFLY_GUEST_COUNT_FILE=$LOGS/guests.${2##*/}
+    "$@" >>"$log" 2>&1 || : >"$LOGS/wrong"
     cat "$log"
+}
+
+# run_here PROGRAM THREADS TEST...
+run_here() {
+    say "${1##*/}"
+    "$1" --test-threads "$2" --exact "${@:3}"
+}
+
+# run_in_lab PROGRAM THREADS TEST...: runs the tests of a program in an emulated host of its own. That can die of a fault in
+# the emulation; then what has not passed runs again in a new one. What failed runs once more, as a fault of the emulation
+# can also look like one of the guest; the summary names it. One CPU, as those of several disturb each other's guests.
+run_in_lab() {
+    local program=$1 threads=$2 tests=("${@:3}") try code again=''
+    for ((try = 1; try <= LAB_TRIES; try++)); do
+        code=0
+        # The host may have died in the middle of a line.
+        echo && say "${program##*/}"
+        tests/lab/lab.sh --cpus 1 --share-out "$LOGS" --memory "$(lab_memory)" --timeout "$lab_time" -- \
+            "$program" --test-threads "$threads" --exact "${tests[@]}" || code=$?
+        ((code != 0)) || return 0
+        mapfile -t tests < <(left_over "$program" "${tests[@]}")
+        ((${#tests[@]} > 0)) || return 0
+        if ((code == LAB_FAILED)); then
+            say "the emulated host died (try $try of $LAB_TRIES); ${#tests[@]} tests have not passed yet"
+        elif [[ $again ]] || has_kvm; then
+            return "$code"
+        else
+            again=yes
+            printf '%s\n' "${tests[@]/#/$program }" >>"$LOGS/again"
+            say "running again in a new emulated host what failed: ${#tests[@]} tests"
+        fi
+    done
+    return 1
+}
+
+# left_over PROGRAM TEST...: those of the tests that have not passed.
+left_over() {
+    local passed
+    passed=$(verdicts "$LOGS/run.${1##*/}.log" | sed -n 's/^[^ ]* \(.*\) ok$/\1/p')
+    printf '%s\n' "${@:2}" | grep -vxF -f <(echo "$passed") || true
 }
 
 life_cycle_tests() {
     list_tests "${life_cycle[@]}" >"$LOGS/pending"
     if { : <>/dev/kvm; } 2>/dev/null; then
-        run_listed 1 2 <"$LOGS/pending"
+        run_listed run_here 1 2
     else
         say "no /dev/kvm here: using the lab"
-        run_in_lab 1 2
+        run_listed run_in_lab "$MAYFLY_TEST_THREADS" 1
     fi
 }
 
@@ -104,7 +144,11 @@ guest_tests() {
     resources/guest/build.sh || return
     resources/guest/tools.sh || return
     list_tests "${guest[@]}" >"$LOGS/pending"
-    run_in_lab "$MAYFLY_TEST_THREADS" 1
+    if has_kvm; then
+        run_listed run_here "$MAYFLY_TEST_THREADS" 1
+    else
+        run_listed run_in_lab "$MAYFLY_TEST_THREADS" 1
+    fi
 }
 
 # Tests that can go on for longer, and how long they do for `make soak`.
@@ -114,38 +158,6 @@ soak() {
     export MAYFLY_TEST_THREADS=1
     lab_time=7200
     filters=("${SOAKS[@]}")
-}
-
-# run_in_lab PROGRAMS THREADS: runs the tests listed in $LOGS/pending where there is KVM. An emulated host can die of a fault
-# in the emulation; then what has not passed runs again in a new one. What failed in an emulated host runs once more, alone
-# in a new one, as a fault of the emulation can also look like one of the guest; the summary names what passed only then.
-run_in_lab() {
-    local try code programs=$1 threads=$2 again=''
-    for ((try = 1; try <= LAB_TRIES; try++)); do
-        code=0
-        tests/lab/lab.sh --share-out "$LOGS" --memory "$(lab_memory)" --timeout "$lab_time" -- \
-            tests/run-tests.sh --listed "$programs" "$threads" || code=$?
-        ((code != 0)) || return 0
-        left_over
-        if ((code == LAB_FAILED)); then
-            say "the emulated host died (try $try of $LAB_TRIES); $(wc -l <"$LOGS/pending") tests have not passed yet"
-        elif [[ $again ]] || has_kvm; then
-            return "$code"
-        else
-            again=yes programs=1 threads=1
-            cat "$LOGS/pending" >>"$LOGS/again"
-            say "running again in a new emulated host what failed: $(wc -l <"$LOGS/pending") tests"
-        fi
-    done
-    return 1
-}
-
-# left_over: takes the tests that have passed out of $LOGS/pending.
-left_over() {
-    verdicts "$LOGS"/run.*.log | sed -n 's/ ok$//p' >"$LOGS/passed"
-    awk 'NR == FNR { passed[$0]; next } { name = $0; sub(/.*\//, "", name) } !(name in passed)' \
-        "$LOGS/passed" "$LOGS/pending" >"$LOGS/left"
-    mv "$LOGS/left" "$LOGS/pending"
 }
 
 # verdicts LOG...: the last verdict of each test, one a line: program, name, ok or FAILED.
@@ -166,18 +178,18 @@ verdicts() {
         END { for (test in verdict) print test, verdict[test] }' | sort
 }
 
-# lab_memory: MiB for the lab host: room for a guest beyond the 3-4 GiB hole where this machine has it.
+# lab_memory: MiB for a lab host: room for a guest beyond the 3-4 GiB hole where this machine has it.
 lab_memory() {
     awk '/^MemAvailable/ { m = int($2 / 1024 * 3 / 4); print (m > 7168 ? 7168 : m < 2048 ? 2048 : m) }' /proc/meminfo
 }
 
 # summary: counts what the test programs said, and the guests that booted.
 summary() {
-    local passed wrong guests=0
+    local passed wrong guests
     verdicts "$LOGS"/*.log >"$LOGS/verdicts"
     passed=$(grep -c ' ok$' "$LOGS/verdicts" || true)
     wrong=$(grep -c ' FAILED$' "$LOGS/verdicts" || true)
-    [[ ! -e $MAYFLY_GUEST_COUNT_FILE ]] || guests=$(wc -l <"$MAYFLY_GUEST_COUNT_FILE")
+    guests=$(find "$LOGS" -name 'guests.*' -exec cat {} + | wc -l)
     # Their programs have printed them long ago.
     sed -n 's/\(.*\)-[0-9a-f]* \(.*\) FAILED$/FAILED \1: \2/p' "$LOGS/verdicts"
     [[ ! -e $LOGS/again ]] || sed 's,.*/\(.*\)-[0-9a-f]* ,run a second time, in a new emulated host: \1: ,' "$LOGS/again"
@@ -191,9 +203,8 @@ summary() {
 main() {
     local parts='unit life-cycle openapi guest' filters=() failed=() life_cycle=() guest=() program list
     # Seconds after which a lab host is given up.
-    local lab_time=3600
+    local lab_time=1500
     case ${1:-} in
-        --listed) run_listed "$2" "$3" <"$LOGS/pending" && exit || exit 1 ;;
         --unit | --life-cycle | --openapi | --guest) parts=${1#--} && shift ;;
         -h | --help) usage && exit ;;
         --soak) ;;
