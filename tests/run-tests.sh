@@ -90,14 +90,14 @@ run_here() {
 
 # run_in_lab PROGRAM THREADS TEST...: runs the tests of a program in an emulated host of its own. That can die of a fault in
 # the emulation; then what has not passed runs again in a new one. What failed runs once more, as a fault of the emulation
-# can also look like one of the guest; the summary names it. One CPU, as those of several disturb each other's guests.
+# can also look like one of the guest; the summary names it.
 run_in_lab() {
     local program=$1 threads=$2 tests=("${@:3}") try code again=''
     for ((try = 1; try <= LAB_TRIES; try++)); do
         code=0
         # The host may have died in the middle of a line.
         echo && say "${program##*/}"
-        tests/lab/lab.sh --cpus 1 --share-out "$LOGS" --memory "$(lab_memory)" --timeout "$lab_time" -- \
+        tests/lab/lab.sh --share-out "$LOGS" --memory "$(lab_memory)" --timeout "$lab_time" -- \
             "$program" --test-threads "$threads" --exact "${tests[@]}" || code=$?
         ((code != 0)) || return 0
         mapfile -t tests < <(left_over "$program" "${tests[@]}")

@@ -11,7 +11,7 @@
 #   --timeout SECONDS    wall-clock limit for the command, exit code 124 (default 1500, 0: none)
 #   --boot-timeout S     wall-clock limit for one try to boot the lab host; there are 3 tries (default 60)
 #   --memory MIB         the lab host's memory (default 3072)
-#   --cpus N             the lab host's CPUs (default 2)
+#   --cpus N             the lab host's CPUs (default 1: with more, the emulated SVM lets hosts and guests crash)
 #   --always             use the lab even where this machine has KVM
 #   --console FILE       keep the lab host's kernel console in FILE
 #   --quiet              say nothing unless something fails
@@ -35,7 +35,7 @@ user_lc_all=${LC_ALL-}
 # shellcheck source=resources/guest/lib.sh
 . "$ROOT/resources/guest/lib.sh"
 
-interactive='' always='' quiet='' console='' memory=3072 cpus=2 timeout=1500 boot_timeout=60
+interactive='' always='' quiet='' console='' memory=3072 cpus=1 timeout=1500 boot_timeout=60
 shares=() variables=() command=()
 # What cleanup has to end, and its terminal settings to restore.
 work='' qemu='' tail='' terminal=''
