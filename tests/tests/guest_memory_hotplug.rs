@@ -101,7 +101,8 @@ fn devices_reach_memory_that_was_plugged_in() -> Result {
     // Linux takes pages for files from the movable zone first, and that has plugged memory only.
     let pages = "awk '/^Node/ {zone = $4} zone == \"Movable\" && /nr_zone_(in)?active_file/ {sum += $2} END {print sum}'";
     let pages: usize = guest.check(&format!("{pages} /proc/zoneinfo"))?.parse()?;
-    assert!(pages >= (16 << 20) / 4096, "{pages} pages of files");
+    // A few may lie elsewhere.
+    assert!(pages >= (15 << 20) / 4096, "{pages} pages of files");
     Ok(())
 }
 
