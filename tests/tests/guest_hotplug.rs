@@ -118,14 +118,19 @@ fn thirty_disks_fit_beside_the_first() -> Result {
     let image = scratch.join("image");
     zeros(&image, 1 << 20)?;
     let vm = TestVm::new("hotplug-many")
-        .drive(Drive::new("base", &image))
+        .drive(Drive::new("base", &image).read_only())
         .boot()?;
+    let shared = |id: &str| {
+        let mut drive = drive(id, &image);
+        drive["is_read_only"] = true.into();
+        drive
+    };
     for number in 0..30 {
         let id = format!("d{number}");
-        put(&vm, "drives", &id, &drive(&id, &image))?;
+        put(&vm, "drives", &id, &shared(&id))?;
     }
     await_in(vm.guest(), "[ $(ls -d /sys/block/vd* | wc -l) = 31 ]")?;
-    let full = vm.put("/drives/more", &drive("more", &image))?;
+    let full = vm.put("/drives/more", &shared("more"))?;
     full.assert_refused(&["more", "slot"]);
     Ok(())
 }
