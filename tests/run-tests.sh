@@ -192,7 +192,7 @@ summary() {
     guests=$(find "$LOGS" -name 'guests.*' -exec cat {} + | wc -l)
     # Their programs have printed them long ago.
     sed -n 's/\(.*\)-[0-9a-f]* \(.*\) FAILED$/FAILED \1: \2/p' "$LOGS/verdicts"
-    [[ ! -e $LOGS/again ]] || sed 's,.*/\(.*\)-[0-9a-f]* ,run a second time, in a new emulated host: \1: ,' "$LOGS/again"
+    [[ ! -e $LOGS/again ]] || sed 's|.*/\(.*\)-[0-9a-f]* |run a second time, in a new emulated host: \1: |' "$LOGS/again"
     echo "$guests real guests booted"
     echo "$passed passed, $wrong failed"
     if [[ $parts == *guest* ]] && ((guests == 0)); then die "no guest booted: nothing was tested for real"; fi
