@@ -43,7 +43,7 @@ fn open_resolving(
     mode: u32,
     resolve: ResolveFlags,
 ) -> io::Result<OwnedFd> {
-    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let flags = flags | OFlags::NOFOLLOW;
     let mode = if flags.contains(OFlags::CREATE) { mode } else { 0 };
     resolved(folder, path, flags, mode, resolve)
 }
@@ -55,6 +55,7 @@ fn resolved(
     mode: u32,
     resolve: ResolveFlags,
 ) -> io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC;
     // The kernel asks for another try when something was renamed meanwhile.
     loop {
         match rustix::fs::openat2(&folder, path, flags, Mode::from_raw_mode(mode), resolve) {
@@ -67,7 +68,6 @@ fn resolved(
 /// Opens something of the host that the jail is to have. Symbolic links are followed, but for those of `/proc`, which lead
 /// to what this process has open.
 pub fn open_source(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
-    let flags = flags | OFlags::CLOEXEC;
     resolved(CWD, path, flags, 0, ResolveFlags::NO_MAGICLINKS)
 }
 
