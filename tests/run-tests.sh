@@ -104,7 +104,7 @@ run_in_lab() {
         ((${#tests[@]} > 0)) || return 0
         if ((code == LAB_FAILED)); then
             say "the emulated host died (try $try of $LAB_TRIES); ${#tests[@]} tests have not passed yet"
-        elif [[ $again ]] || has_kvm; then
+        elif [[ $again ]]; then
             return "$code"
         else
             again=yes
