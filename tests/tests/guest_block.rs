@@ -91,6 +91,17 @@ fn a_kernel_told_not_to_use_pci_gets_mmio() -> Result {
     assert_disks_work(&disks)
 }
 
+#[test]
+fn a_guest_without_messages_gets_its_interrupts_by_lines() -> Result {
+    let disks = boot(TestVm::new("block-intx").boot_arg("pci=nomsi"), MIB)?;
+    let guest = disks.vm.guest();
+    let interrupts = guest.check("grep virtio /proc/interrupts")?;
+    assert!(interrupts.contains("IO-APIC"), "{interrupts}");
+    assert!(!interrupts.contains("MSI"), "{interrupts}");
+    assert_disks_work(&disks)?;
+    assert_a_swapped_image_is_seen(&disks)
+}
+
 /// Small writes at odd places change just what they say.
 fn assert_unaligned_writes(disks: &Disks) -> Result {
     let mut expected = std::fs::read(&disks.out)?;
