@@ -8,7 +8,7 @@ use arbitrary::Arbitrary;
 use devices::SharedMemory;
 use devices::bus::BusDevice;
 use devices::testing::Inline;
-use devices::virtio::mmio::{MmioVirtio, RANGE_LEN};
+use devices::virtio::mmio::{EdgeLine, MmioVirtio, RANGE_LEN};
 use devices::virtio::slot::Transport;
 use libfuzzer_sys::fuzz_target;
 use mayfly_fuzz::registers::Access;
@@ -33,6 +33,12 @@ enum Step {
     Snapshot,
 }
 
+struct NoLine;
+
+impl EdgeLine for NoLine {
+    fn pulse(&self) {}
+}
+
 fuzz_target!(|steps: Vec<Step>| {
     let memory = SharedMemory::new(mayfly_fuzz::memory());
     let host = Arc::new(Inline::default());
@@ -40,7 +46,7 @@ fuzz_target!(|steps: Vec<Step>| {
         let (card, far) = wire::card();
         let host = Arc::clone(host) as _;
         (
-            MmioVirtio::new(Box::new(card), memory.clone(), host).expect("the host has descriptors left"),
+            MmioVirtio::new(Box::new(card), Arc::new(NoLine), memory.clone(), host).expect("the host has descriptors left"),
             far,
         )
     };

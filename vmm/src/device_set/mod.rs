@@ -316,14 +316,15 @@ impl DeviceSet {
         let limit = layout::VIRTIO_MMIO_GSIS.len();
         let place = layout::virtio_mmio_device(places.len());
         let (base, gsi) = place.ok_or_else(|| DeviceSetError::Full { id: id.into(), limit })?;
-        let transport = MmioVirtio::new(device, memory.clone(), Arc::clone(host));
+        let line = Arc::new(wiring::Edge::new(Arc::clone(vm), gsi));
+        let transport = MmioVirtio::new(device, line, memory.clone(), Arc::clone(host));
         let mut transport = transport.map_err(|error| failed(error.into()))?;
-        let irq = vm.register_irqfd(transport.irqfd(), gsi);
-        irq.map_err(|error| failed(error.into()))?;
         for (queue, kick) in (0u32..).zip(transport.slot().kicks()) {
             vm.register_ioevent_value(kick, base + mmio::QUEUE_NOTIFY, queue)
                 .map_err(|error| failed(error.into()))?;
         }
+        vm.register_ioevent_value(transport.ignored(), base + mmio::INTERRUPT_ACK, mmio::ACK_QUEUES)
+            .map_err(|error| failed(error.into()))?;
         let transport = Arc::new(Mutex::new(transport));
         let mmio = &self.platform.mmio;
         mmio.insert(base, layout::VIRTIO_MMIO_SIZE, transport.clone())

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use devices::bus::{Bus, BusDevice, SharedDevice};
 use devices::pci::{BarMapper, IntxLine, MsiMessage, MsiRouter};
+use devices::virtio::mmio::EdgeLine;
 use devices::virtio::pci::{BAR_LEN, PciVirtio};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -272,6 +273,36 @@ impl IntxLine for Pin {
             && let Err(error) = self.vm.set_irq_line(self.gsi, after)
         {
             log::warn!("{}", crate::error::chain(&error));
+        }
+    }
+}
+
+/// The interrupt line of a device on the MMIO bus.
+///
+/// Not an irqfd: of a line at the I/O APIC, the kernel hands those to a worker thread, which costs two switches with
+/// each interrupt.
+pub(crate) struct Edge {
+    vm: Arc<kvm::Vm>,
+    gsi: u32,
+    /// Held from edge to edge: a line that is high already cannot rise.
+    pulse: Mutex<()>,
+}
+
+impl Edge {
+    /// Line `gsi`, low.
+    pub(crate) fn new(vm: Arc<kvm::Vm>, gsi: u32) -> Self {
+        let pulse = Mutex::new(());
+        Self { vm, gsi, pulse }
+    }
+}
+
+impl EdgeLine for Edge {
+    fn pulse(&self) {
+        let _held = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
+        for active in [true, false] {
+            if let Err(error) = self.vm.set_irq_line(self.gsi, active) {
+                log::warn!("{}", crate::error::chain(&error));
+            }
         }
     }
 }

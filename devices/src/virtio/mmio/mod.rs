@@ -1,8 +1,12 @@
 //! [`MmioVirtio`]: the virtio MMIO transport (virtio 1.2 §4.2), version 2.
 //!
-//! vCPU threads access its registers under its own lock. Notifications and interrupts are eventfds: the VMM binds
-//! the slot's kicks to [`QUEUE_NOTIFY`] (with the queue's index as 32-bit datamatch) and [`MmioVirtio::irqfd`] to an
-//! edge-triggered GSI.
+//! vCPU threads access its registers under its own lock. The VMM binds the slot's kicks to [`QUEUE_NOTIFY`], with the
+//! queue's index as 32-bit datamatch. Interrupts are pulses on an [`EdgeLine`].
+//!
+//! The interrupt status keeps the bit of used buffers from the first interrupt to the next reset, whatever the driver
+//! acknowledges: drivers look into their queues anyway, and the line needs no lowering. Acknowledging this bit
+//! ([`INTERRUPT_ACK`], [`ACK_QUEUES`]) thus changes nothing, and the VMM binds it to [`MmioVirtio::ignored`], which
+//! saves an exit with each interrupt.
 
 use std::io;
 use std::sync::Arc;
@@ -17,10 +21,20 @@ use super::{InterruptMetrics, Irq, LaneHost, StateError, Vector, VirtioDevice};
 use crate::SharedMemory;
 use crate::bus::BusDevice;
 
+/// The edge-triggered interrupt line of a device.
+pub trait EdgeLine: Send + Sync {
+    /// Raises the line and lowers it. Calls come from any thread; a call that overlaps another has an edge of its own.
+    fn pulse(&self);
+}
+
 /// Bytes of the register range.
 pub const RANGE_LEN: u64 = 0x1000;
 /// Offset of the register that notifies a queue.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Offset of the register that acknowledges interrupts.
+pub const INTERRUPT_ACK: u64 = 0x64;
+/// What a driver writes to [`INTERRUPT_ACK`] when there are used buffers, and nothing else.
+pub const ACK_QUEUES: u32 = interrupt::QUEUE;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -42,7 +56,6 @@ mod register {
     pub(super) const QUEUE_NUM: u64 = 0x38;
     pub(super) const QUEUE_READY: u64 = 0x44;
     pub(super) const INTERRUPT_STATUS: u64 = 0x60;
-    pub(super) const INTERRUPT_ACK: u64 = 0x64;
     pub(super) const STATUS: u64 = 0x70;
     pub(super) const QUEUE_DESC_LOW: u64 = 0x80;
     pub(super) const QUEUE_DESC_HIGH: u64 = 0x84;
@@ -72,7 +85,7 @@ pub struct State {
 
 struct MmioIrq {
     status: AtomicU32,
-    irqfd: EventFd,
+    line: Arc<dyn EdgeLine>,
     /// Interrupts raised; loose order, as it is only counted.
     triggers: AtomicU64,
 }
@@ -85,38 +98,40 @@ impl Irq for MmioIrq {
             Vector::Queue(_) => interrupt::QUEUE,
         };
         self.status.fetch_or(bit, Ordering::SeqCst);
-        // Only a full counter refuses, and then the interrupt is on its way already.
-        let _ = self.irqfd.write(1);
+        self.line.pulse();
     }
 }
 
 /// A virtio device as a range of registers.
 pub struct MmioVirtio {
     irq: Arc<MmioIrq>,
+    ignored: EventFd,
     slot: VirtioSlot,
 }
 
 impl MmioVirtio {
-    /// Puts `device` behind registers. Fails when the host has no descriptor left.
+    /// Puts `device` behind registers, with `line` for its interrupts. Fails when the host has no descriptor left.
     pub fn new(
         device: Box<dyn VirtioDevice>,
+        line: Arc<dyn EdgeLine>,
         memory: SharedMemory,
         host: Arc<dyn LaneHost>,
     ) -> io::Result<Self> {
         let irq = Arc::new(MmioIrq {
             status: AtomicU32::new(0),
-            irqfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            line,
             triggers: AtomicU64::new(0),
         });
         Ok(Self {
             slot: VirtioSlot::new(device, Arc::clone(&irq) as Arc<dyn Irq>, memory, host)?,
             irq,
+            ignored: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         })
     }
 
-    /// Writing it interrupts the driver; it stays the same for ever.
-    pub fn irqfd(&self) -> &EventFd {
-        &self.irq.irqfd
+    /// Takes register writes without an effect; nobody reads it.
+    pub fn ignored(&self) -> &EventFd {
+        &self.ignored
     }
 
     /// What a snapshot keeps. The machine is paused.
@@ -167,8 +182,10 @@ impl MmioVirtio {
             register::DRIVER_FEATURES_SEL => self.slot.driver.driver_features_select = value,
             register::QUEUE_SEL => self.slot.driver.queue_select = saturate(value),
             QUEUE_NOTIFY => self.slot.kick(saturate(value)),
-            register::INTERRUPT_ACK => {
-                self.irq.status.fetch_and(!value, Ordering::SeqCst);
+            INTERRUPT_ACK => {
+                self.irq
+                    .status
+                    .fetch_and(!(value & interrupt::CONFIG), Ordering::SeqCst);
             }
             register::STATUS => self.set_status(value),
             _ => {

@@ -13,8 +13,19 @@ const NEGOTIATING: u32 = (status::ACKNOWLEDGE | status::DRIVER) as u32;
 const NEGOTIATED: u32 = NEGOTIATING | status::FEATURES_OK as u32;
 const READY: u32 = NEGOTIATED | status::DRIVER_OK as u32;
 
+/// Counts pulses.
+#[derive(Default)]
+struct Line(AtomicU64);
+
+impl EdgeLine for Line {
+    fn pulse(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
 struct Setup {
     device: MmioVirtio,
+    line: Arc<Line>,
     host: Arc<Inline>,
     memory: SharedMemory,
 }
@@ -26,8 +37,11 @@ fn setup() -> Setup {
 fn in_memory(memory: SharedMemory) -> Setup {
     let host = Arc::<Inline>::default();
     let lanes = Arc::clone(&host) as Arc<dyn LaneHost>;
+    let line = Arc::<Line>::default();
+    let edges = Arc::clone(&line) as Arc<dyn EdgeLine>;
     Setup {
-        device: MmioVirtio::new(Box::new(Echo::new()), memory.clone(), lanes).unwrap(),
+        device: MmioVirtio::new(Box::new(Echo::new()), edges, memory.clone(), lanes).unwrap(),
+        line,
         host,
         memory,
     }
@@ -84,7 +98,7 @@ impl Setup {
     }
 
     fn interrupts(&self) -> u64 {
-        self.device.irqfd().read().unwrap_or(0)
+        self.line.0.swap(0, Ordering::SeqCst)
     }
 }
 
@@ -112,7 +126,23 @@ fn serves_a_driver_from_probe_to_interrupt() {
     memory.read_slice(&mut answer, GuestAddress(0x5000)).unwrap();
     assert_eq!((driver.used(), &answer), (Some((0, 4)), b"ping"));
     assert_eq!((setup.interrupts(), setup.get(0x60)), (1, 1));
+}
+
+#[test]
+fn acknowledging_is_needed_for_config_changes_only() {
+    let mut setup = setup();
+    setup.start();
+    let irq = Arc::clone(&setup.device.irq);
+    irq.raise(Vector::Queue(0));
+    irq.raise(Vector::Config);
+    assert_eq!(setup.get(0x60), 3);
     setup.set(0x64, 1);
+    assert_eq!(setup.get(0x60), 3);
+    setup.set(0x64, 3);
+    assert_eq!(setup.get(0x60), 1);
+    irq.raise(Vector::Config);
+    assert_eq!((setup.interrupts(), setup.get(0x60)), (3, 3));
+    setup.set(0x70, 0);
     assert_eq!(setup.get(0x60), 0);
 }
 
