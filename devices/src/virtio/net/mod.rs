@@ -256,6 +256,7 @@ impl<B: Backend> Net<B> {
     /// Does nothing before the driver has set the queue up and uses it, and while the link is down: frames wait in the
     /// backend. With `only_detour` those of the backend wait in any case.
     fn receive(&mut self, only_detour: bool, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let _turn = self.pairs.as_ref().map(|pairs| pairs.turn(self.pair));
         let (rx, is_up) = (self.rx_queue(), self.is_up() && self.is_used());
         let queue = &mut io.queues[usize::from(rx)];
         if !queue.config().ready || self.rx.throttle.is_holding() || !is_up {

@@ -32,6 +32,8 @@ pub(super) struct Pairs<B> {
     ready: AtomicU16,
     is_down: AtomicBool,
     host: Mutex<Host<B>>,
+    /// For each pair what its part holds while it puts frames into its queue.
+    turns: Vec<Mutex<()>>,
 }
 
 /// The host's ends.
@@ -45,7 +47,7 @@ struct Host<B> {
 pub(super) type HostQueues = Vec<(OwnedFd, bool)>;
 
 impl<B: Backend> Pairs<B> {
-    fn new(backends: &[B]) -> io::Result<Self> {
+    pub(super) fn new(backends: &[B]) -> io::Result<Self> {
         let host = Host {
             queues: host_queues(backends)?,
             ends: Vec::new(),
@@ -56,6 +58,7 @@ impl<B: Backend> Pairs<B> {
             ready: 0.into(),
             is_down: false.into(),
             host: host.into(),
+            turns: backends.iter().map(|_| Mutex::default()).collect(),
         })
     }
 
@@ -72,6 +75,12 @@ impl<B: Backend> Pairs<B> {
     /// Whether the driver uses this one.
     pub(super) fn uses(&self, pair: u16) -> bool {
         pair < self.used()
+    }
+
+    /// To be held by the part of `pair` from asking whether the driver uses it to the last frame that it puts into the
+    /// queue: a driver that has been told of its command's end finds no more there.
+    pub(super) fn turn(&self, pair: u16) -> MutexGuard<'_, ()> {
+        lock(&self.turns[usize::from(pair)])
     }
 
     /// Takes over how many a saved driver uses; false when there are not so many.
@@ -117,7 +126,7 @@ impl<B: Backend> Pairs<B> {
     }
 
     /// The driver uses that many pairs from now on, or as many as before when the host refuses.
-    fn select(&self, used: u16) -> io::Result<()> {
+    pub(super) fn select(&self, used: u16) -> io::Result<()> {
         // The parts must know first: what comes to a part that is not in use waits until more comes.
         let before = self.used.swap(used, Ordering::AcqRel);
         let mut host = self.lock();
@@ -125,7 +134,9 @@ impl<B: Backend> Pairs<B> {
             self.used.store(before, Ordering::Release);
             // What cannot be set back costs frames of pairs that no driver uses.
             let _ = self.align(&mut host.queues);
-        })
+        })?;
+        (used..before).for_each(|pair| drop(self.turn(pair)));
+        Ok(())
     }
 
     /// Answers one command, as each may take the host milliseconds; true when there are more.
@@ -192,8 +203,12 @@ impl<B: Backend> Pairs<B> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Host<B>> {
-        self.host.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.host)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All of them take part at first, as they were just opened.

@@ -1,6 +1,10 @@
 //! A card with several pairs of queues in its slot, each part in a lane of its own.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use super::super::feature::{CTRL_VQ, MAC, MQ};
+use super::super::pairs::Pairs;
 use super::super::{MMDS_TOKEN, State};
 use super::*;
 use crate::SharedMemory;
@@ -215,6 +219,28 @@ fn uses_the_first_pair_only_until_the_driver_asks_for_more() {
     assert_eq!(card.use_pairs(1), Some(0));
     assert_eq!(card.switched(), [(1, false)]);
     assert_eq!((card.receives(0), card.receives(1)), (true, false));
+}
+
+#[test]
+fn a_pair_is_given_up_only_when_its_part_has_put_in_its_last_frame() {
+    let taps: Vec<_> = (0..PAIRS).map(|_| FakeTap::new().0).collect();
+    let pairs = Pairs::new(&taps).unwrap();
+    pairs.select(3).unwrap();
+    let turn = pairs.turn(1);
+    let is_done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            pairs.select(1).unwrap();
+            is_done.store(true, Ordering::SeqCst);
+        });
+        while pairs.uses(1) {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!is_done.load(Ordering::SeqCst));
+        drop(turn);
+    });
+    assert!(is_done.into_inner());
 }
 
 #[test]
