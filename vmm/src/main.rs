@@ -35,6 +35,17 @@ extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int
     std::process::exit(mayfly().into())
 }
 
+/// What `--version` prints. Clients that look for Firecracker run what has this name, and read the first line.
+fn version() -> String {
+    let (mayfly, level) = (env!("CARGO_PKG_VERSION"), controller::API_VERSION);
+    let program = std::env::args_os().next().unwrap_or_default();
+    if Path::new(&program).ends_with("firecracker") {
+        format!("Firecracker v{level}\nMayfly v{mayfly}\n")
+    } else {
+        format!("Mayfly v{mayfly} (Firecracker API v{level})\n")
+    }
+}
+
 fn mayfly() -> u8 {
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Run(args)) => args,
@@ -45,11 +56,7 @@ fn mayfly() -> u8 {
             return 0;
         }
         Ok(Command::Version) => {
-            println!(
-                "Mayfly v{} (Firecracker API v{})",
-                env!("CARGO_PKG_VERSION"),
-                controller::API_VERSION
-            );
+            print!("{}", version());
             return 0;
         }
         Err(error) => {

@@ -156,9 +156,9 @@ pub async fn shut_down<E: VmmExecutor>(vm: &mut ClientVm<E>, method: VmShutdownM
     match vm.shutdown([action]).await {
         Ok(outcome) => assert!(outcome.errors.is_empty()),
         // The crate refuses to wait for a process that its signal has ended before it begins to.
-        Err(VmShutdownError::WaitForExitError(VmmProcessError::IncorrectState(VmmProcessState::Crashed(status))))
-            if method == VmShutdownMethod::PauseThenKill =>
-        {
+        Err(VmShutdownError::WaitForExitError(VmmProcessError::IncorrectState(
+            VmmProcessState::Crashed(status),
+        ))) if method == VmShutdownMethod::PauseThenKill => {
             assert_eq!(status.signal(), Some(9), "{status}");
         }
         Err(error) => panic!("shut down: {error}"),

@@ -1,5 +1,9 @@
 //! The crate fctools drives Mayfly as it drives Firecracker, with its unjailed executor.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use fctools::runtime::tokio::TokioRuntime;
 use fctools::vm::VmState;
 use fctools::vm::api::VmApi;
 use fctools::vm::configuration::InitMethod;
@@ -7,6 +11,7 @@ use fctools::vm::models::{UpdateDrive, UpdateMemoryHotplugConfiguration, UpdateN
 use fctools::vm::shutdown::VmShutdownMethod;
 use fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
 use fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
+use fctools::vmm::installation::VmmInstallation;
 use fctools::vmm::ownership::VmmOwnershipModel;
 use fctools::vmm::resource::{MovedResourceType, ResourceType};
 use mayfly_client_tests::Lab;
@@ -23,6 +28,18 @@ async fn start(lab: &Lab, init_method: InitMethod) -> ClientVm<UnrestrictedVmmEx
         lab.path(""),
     )
     .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fctools_finds_programs_of_the_version_that_it_wants() {
+    let lab = Lab::new("fctools-verify", 9);
+    // Mayfly has none, and the crate wants to see all three.
+    let editor = lab.path("snapshot-editor");
+    fs::write(&editor, "#!/bin/sh\necho snapshot-editor v1.16.1\n").expect("a script");
+    fs::set_permissions(&editor, fs::Permissions::from_mode(0o755)).expect("its mode");
+    let programs = VmmInstallation::new(lab.path("firecracker"), lab.path("jailer"), editor);
+    programs.verify("1.16.1", &TokioRuntime).await.expect("verified");
+    assert!(programs.verify("1.16.2", &TokioRuntime).await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
