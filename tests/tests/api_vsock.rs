@@ -148,6 +148,20 @@ fn the_socket_goes_when_the_guest_ends_or_the_process_faults() -> Result {
 }
 
 #[test]
+fn a_relative_path_is_in_the_working_folder() -> Result {
+    let monitor = monitor()?;
+    let kernel = monitor.dir().join("kernel");
+    std::fs::write(&kernel, TinyKernel::new().halt().elf())?;
+    monitor
+        .put("/boot-source", &json!({"kernel_image_path": kernel}))?
+        .success()?;
+    monitor.put("/vsock", &vsock("v.sock"))?.success()?;
+    monitor.action("InstanceStart")?;
+    assert!(UnixStream::connect(monitor.dir().join("v.sock")).is_ok());
+    Ok(())
+}
+
+#[test]
 fn a_replaced_path_is_not_used() -> Result {
     let monitor = monitor()?;
     let (first, second) = (monitor.dir().join("first"), monitor.dir().join("second"));

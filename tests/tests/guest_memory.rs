@@ -1,55 +1,9 @@
 //! Kinds of pages behind guest memory, seen from the host. The host's settings are changed for these tests, and put back.
 
-use std::path::{Path, PathBuf};
-
-use mayfly_tests::{Result, TestVm, Vm};
+use mayfly_tests::{HostSetting, Result, TestVm, Vm};
 use serde_json::json;
 
-const RESERVED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
-
-/// A setting of the host that is put back when dropped.
-struct Setting {
-    path: PathBuf,
-    old: String,
-}
-
-impl Setting {
-    fn new(path: &str, old: String, value: &str) -> Result<Self> {
-        std::fs::write(path, value)?;
-        let path = Path::new(path).to_owned();
-        Ok(Self { path, old })
-    }
-
-    /// Sets this many huge pages aside, beyond those that are already.
-    fn reserve_huge_pages(count: u64) -> Result<Self> {
-        let old = number(RESERVED)?;
-        let setting = Self::new(RESERVED, old.to_string(), &(old + count).to_string())?;
-        assert_eq!(
-            number(RESERVED)?,
-            old + count,
-            "the host has no memory for huge pages"
-        );
-        Ok(setting)
-    }
-
-    /// Gives transparent huge pages to those who ask for them only.
-    fn transparent_on_request() -> Result<Self> {
-        // The choice in force is in brackets.
-        let choices = std::fs::read_to_string(TRANSPARENT)?;
-        let old = choices.split(['[', ']']).nth(1).unwrap_or_default().to_owned();
-        Self::new(TRANSPARENT, old, "madvise")
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::write(&self.path, &self.old) {
-            eprintln!("cannot put {} back: {error}", self.path.display());
-        }
-    }
-}
 
 fn number(path: &str) -> Result<u64> {
     Ok(std::fs::read_to_string(path)?.trim().parse()?)
@@ -76,7 +30,7 @@ fn booted(name: &str, huge_pages: &str) -> Result<Vm> {
 
 #[test]
 fn reserved_huge_pages_are_used_and_given_back() -> Result {
-    let _reserved = Setting::reserve_huge_pages(128)?;
+    let _reserved = HostSetting::reserve_huge_pages(128)?;
     let free = number(FREE)?;
     let vm = booted("pages-2m", "2M")?;
     vm.pause()?;
@@ -90,7 +44,7 @@ fn reserved_huge_pages_are_used_and_given_back() -> Result {
 
 #[test]
 fn transparent_huge_pages_are_used_on_request() -> Result {
-    let _setting = Setting::transparent_on_request()?;
+    let _setting = HostSetting::transparent_huge_pages_on_request()?;
     let vm = booted("pages-small", "None")?;
     assert_eq!(mapped(&vm, "AnonHugePages:")?, 0);
     drop(vm);

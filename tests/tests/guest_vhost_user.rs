@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use mayfly_tests::{Drive, Failure, HOST_TIMEOUT, Result, Scratch, TestVm, Vm, pattern, wait_until, zeros};
+use mayfly_tests::{
+    Drive, Failure, GUEST_TIMEOUT, HOST_TIMEOUT, HostSetting, Result, Scratch, TestVm, Vm, pattern,
+    wait_until, zeros,
+};
 use serde_json::json;
 
 const MIB: usize = 1 << 20;
@@ -201,5 +204,40 @@ fn a_disk_of_another_process_is_plugged_in_when_memory_is_shared() -> Result {
     vm.request("DELETE", "/drives/hot", "")?.success()?;
     vm.guest()
         .check("dd if=/dev/vda of=/dev/null bs=1M iflag=direct")?;
+    Ok(())
+}
+
+/// The backend has the memory mapped too, so what the balloon takes has to leave the file behind it.
+#[test]
+fn the_balloon_gives_shared_memory_back() -> Result {
+    let backend = Backend::start(&pattern(MIB), 1)?;
+    let balloon = json!({"amount_mib": 0, "deflate_on_oom": false});
+    let vm = TestVm::new("vhost-user-balloon").mem_mib(256);
+    let vm = boot(&backend, vm.section("balloon", balloon))?;
+    vm.guest().check(
+        "mkdir -p /ram && mount -t tmpfs -o size=90% none /ram &&
+         dd if=/dev/zero of=/ram/file bs=1M count=128 && umount /ram",
+    )?;
+    let used = vm.resident_bytes()?;
+    vm.patch("/balloon", &json!({"amount_mib": 128}))?.success()?;
+    wait_until("memory from the guest", GUEST_TIMEOUT, || {
+        vm.resident_bytes().is_ok_and(|bytes| bytes + (64 << 20) < used)
+    })?;
+    vm.guest()
+        .check("dd if=/dev/vda of=/dev/null bs=1M iflag=direct")?;
+    Ok(())
+}
+
+#[test]
+fn memory_of_huge_pages_is_shared_with_a_backend() -> Result {
+    let _reserved = HostSetting::reserve_huge_pages(64)?;
+    let backend = Backend::start(&pattern(MIB), 1)?;
+    let vm = TestVm::new("vhost-user-huge").machine("huge_pages", json!("2M"));
+    let vm = boot(&backend, vm.mem_mib(128))?;
+    vm.guest()
+        .check("dd if=/dev/vda of=/dev/null bs=1M iflag=direct")?;
+    vm.guest()
+        .check("dd if=/dev/zero of=/dev/vda bs=1M count=1 conv=notrunc,fsync")?;
+    assert!(backend.image()? == vec![0; MIB]);
     Ok(())
 }
