@@ -37,6 +37,16 @@ pub const PORTS: u64 = 8;
 
 /// Bytes that the receive FIFO of the register model holds.
 const FIFO_BYTES: usize = 64;
+/// Interrupt enable register and its bit for received data.
+const IER: u8 = 1;
+const IER_RECEIVED: u8 = 1;
+/// Interrupt identification register: nothing pending, received data.
+const IIR: u8 = 2;
+const IIR_NONE: u8 = 1;
+const IIR_RECEIVED: u8 = 4;
+/// Line control register and its bit that puts the divisor in the place of other registers.
+const LCR: u8 = 3;
+const LCR_DIVISOR: u8 = 1 << 7;
 /// Modem control register and its loopback bit.
 const MCR: u8 = 4;
 const MCR_LOOP: u8 = 1 << 4;
@@ -98,6 +108,8 @@ pub struct Serial {
     uart: Uart<Interrupt, Arc<Host>, Limited>,
     host: Arc<Host>,
     loopback: bool,
+    /// Received data interrupts.
+    receives: bool,
     missed_reads: u64,
     missed_writes: u64,
 }
@@ -180,6 +192,7 @@ impl Serial {
             uart: Uart::with_events(Interrupt(host.clone()), host.clone(), Limited::new(out)),
             host,
             loopback: false,
+            receives: false,
             missed_reads: 0,
             missed_writes: 0,
         })
@@ -262,6 +275,7 @@ impl Serial {
         })?;
 
         self.loopback = state.modem_control & MCR_LOOP != 0;
+        self.receives = enabled & IER_RECEIVED != 0;
         let out = mem::replace(self.uart.writer_mut(), Limited::new(Box::new(io::sink())));
         let interrupt = Interrupt(self.host.clone());
         self.uart = Uart::from_state(&state.into(), interrupt, self.host.clone(), out)
@@ -270,7 +284,20 @@ impl Serial {
         Ok(())
     }
 
+    fn read_register(&mut self, register: u8) -> u8 {
+        let value = self.uart.read(register);
+        // The model forgets the interrupt at the first byte read. Drivers read so many bytes and look again: what came
+        // meanwhile would wait for ever.
+        if register == IIR && self.receives && self.uart.fifo_capacity() < FIFO_BYTES {
+            return value & !IIR_NONE | IIR_RECEIVED;
+        }
+        value
+    }
+
     fn write_register(&mut self, register: u8, value: u8) {
+        if register == IER && self.uart.read(LCR) & LCR_DIVISOR == 0 {
+            self.receives = value & IER_RECEIVED != 0;
+        }
         if let Err(vm_superio::serial::Error::IOError(error)) = self.uart.write(register, value) {
             self.host.count_error("write the guest's output", &error);
         }
@@ -286,7 +313,7 @@ impl Serial {
 impl BusDevice for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         read_bytes(offset, data, |port| match register(port) {
-            Some(register) => self.uart.read(register),
+            Some(register) => self.read_register(register),
             None => {
                 self.missed_reads += 1;
                 0xff

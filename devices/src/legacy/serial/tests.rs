@@ -169,6 +169,27 @@ fn input_interrupts_and_reaches_the_guest_in_order() {
 }
 
 #[test]
+fn input_is_announced_until_the_guest_has_read_all_of_it() {
+    let mut port = Port::new();
+    port.write(IER, IER_RECEIVED);
+    port.serial.enqueue(b"a");
+    assert_eq!(port.read(IIR) & 0xf, 4);
+    // More comes before the guest reads, and it reads less than that in one go.
+    port.serial.enqueue(b"bc");
+    assert_eq!((port.read(RBR), port.read(IIR) & 0xf), (b'a', 4));
+    assert_eq!(port.drain(), b"bc");
+    assert_eq!(port.read(IIR) & 0xf, 1);
+    // A divisor is not the interrupt enable register.
+    port.write(LCR, 0x80);
+    port.write(IER, 0);
+    port.write(LCR, 0);
+    port.serial.enqueue(b"d");
+    assert_eq!((port.read(IIR) & 0xf, port.read(IIR) & 0xf), (4, 4));
+    port.write(IER, 0);
+    assert_eq!(port.read(IIR) & 0xf, 1);
+}
+
+#[test]
 fn input_that_came_while_interrupts_were_masked_interrupts_on_unmask() {
     let mut port = Port::new();
     assert_eq!(port.serial.enqueue(b"x"), 1);
