@@ -13,7 +13,15 @@ fn the_platform_is_what_a_kernel_expects() -> Result {
     assert_processor_is_a_guests(&guest)?;
     assert_tables(&guest)?;
     assert_clock_is_right(&guest)?;
+    assert_long_input_arrives(&guest)?;
     assert_entropy(&guest)
+}
+
+/// Much more than the FIFO of the serial port holds, and than a driver reads in one go, typed in at once.
+fn assert_long_input_arrives(guest: &Guest) -> Result {
+    let text = "input ".repeat(400);
+    assert_eq!(guest.check(&format!("echo '{text}' | wc -w"))?, "400");
+    Ok(())
 }
 
 /// No complaint of the kernel about the machine.
