@@ -21,7 +21,7 @@ test: ## unit tests, life-cycle tests, and tests with real guests (in an emulate
 check: ## formatting, lints, docs, unit tests, file lengths, short fuzz runs
 	@resources/check/check.sh
 
-soak: ## tests that take hours: 1000 hotplugs, 1 GiB each way over vsock, a disk's writer killed 300 times
+soak: ## tests that take an hour: 1000 hotplugs, 1 GiB each way over vsock, a disk's writer killed 300 times
 	@tests/run-tests.sh --soak
 
 filters: build ## trace the system calls of all tests: none outside of the filters, no rule without use (takes hours)

@@ -20,7 +20,7 @@ impl HostSetting {
 
     /// Sets this many huge pages of 2 MiB aside, beyond those that are already.
     pub fn reserve_huge_pages(count: u64) -> Result<Self> {
-        let reserved = || Ok::<u64, crate::Failure>(std::fs::read_to_string(RESERVED)?.trim().parse()?);
+        let reserved = || -> Result<u64> { Ok(std::fs::read_to_string(RESERVED)?.trim().parse()?) };
         let old = reserved()?;
         let setting = Self::new(RESERVED, old.to_string(), &(old + count).to_string())?;
         assert_eq!(reserved()?, old + count, "the host has no memory for huge pages");
