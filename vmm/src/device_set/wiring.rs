@@ -269,11 +269,16 @@ impl IntxLine for Pin {
         let bit = 1 << self.slot;
         *slots = if asserted { *slots | bit } else { *slots & !bit };
         let after = *slots != 0;
-        if before != after
-            && let Err(error) = self.vm.set_irq_line(self.gsi, after)
-        {
-            log::warn!("{}", crate::error::chain(&error));
+        if before != after {
+            drive(&self.vm, self.gsi, after);
         }
+    }
+}
+
+/// Drives a line; devices cannot do anything about a failure.
+fn drive(vm: &kvm::Vm, gsi: u32, active: bool) {
+    if let Err(error) = vm.set_irq_line(gsi, active) {
+        log::warn!("{}", crate::error::chain(&error));
     }
 }
 
@@ -299,10 +304,7 @@ impl Edge {
 impl EdgeLine for Edge {
     fn pulse(&self) {
         let _held = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
-        for active in [true, false] {
-            if let Err(error) = self.vm.set_irq_line(self.gsi, active) {
-                log::warn!("{}", crate::error::chain(&error));
-            }
-        }
+        drive(&self.vm, self.gsi, true);
+        drive(&self.vm, self.gsi, false);
     }
 }
