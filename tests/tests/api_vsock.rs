@@ -11,6 +11,17 @@ fn monitor() -> Result<Monitor> {
     MonitorBuilder::new("vsock")?.start()
 }
 
+/// What is left to do is the device and the start.
+fn monitor_with_kernel() -> Result<Monitor> {
+    let monitor = monitor()?;
+    let kernel = monitor.dir().join("kernel");
+    std::fs::write(&kernel, TinyKernel::new().halt().elf())?;
+    monitor
+        .put("/boot-source", &json!({"kernel_image_path": kernel}))?
+        .success()?;
+    Ok(monitor)
+}
+
 fn vsock(path: impl Into<PathBuf>) -> Value {
     json!({"guest_cid": 3, "uds_path": path.into()})
 }
@@ -149,12 +160,7 @@ fn the_socket_goes_when_the_guest_ends_or_the_process_faults() -> Result {
 
 #[test]
 fn a_relative_path_is_in_the_working_folder() -> Result {
-    let monitor = monitor()?;
-    let kernel = monitor.dir().join("kernel");
-    std::fs::write(&kernel, TinyKernel::new().halt().elf())?;
-    monitor
-        .put("/boot-source", &json!({"kernel_image_path": kernel}))?
-        .success()?;
+    let monitor = monitor_with_kernel()?;
     monitor.put("/vsock", &vsock("v.sock"))?.success()?;
     monitor.action("InstanceStart")?;
     assert!(UnixStream::connect(monitor.dir().join("v.sock")).is_ok());
@@ -163,13 +169,8 @@ fn a_relative_path_is_in_the_working_folder() -> Result {
 
 #[test]
 fn a_replaced_path_is_not_used() -> Result {
-    let monitor = monitor()?;
+    let monitor = monitor_with_kernel()?;
     let (first, second) = (monitor.dir().join("first"), monitor.dir().join("second"));
-    std::fs::write(monitor.dir().join("kernel"), TinyKernel::new().halt().elf())?;
-    let kernel = monitor.dir().join("kernel");
-    monitor
-        .put("/boot-source", &json!({"kernel_image_path": kernel}))?
-        .success()?;
     monitor.put("/vsock", &vsock(&first))?.success()?;
     monitor.put("/vsock", &vsock(&second))?.success()?;
     monitor.action("InstanceStart")?;
