@@ -223,6 +223,23 @@ pub fn map_private_file(
     map_fixed(&target, file, offset, libc::MAP_PRIVATE).map_err(map_error)
 }
 
+/// Makes the guest's own copies of the pages of a file mapped by [`map_private_file`], before the guest writes them.
+///
+/// `start` and `size` must be multiples of the page size.
+///
+/// # Errors
+/// Fails before Linux 5.14, without enough memory, and outside of RAM. The pages are then copied when they are written.
+pub fn copy_file_pages(memory: &GuestMemory, start: GuestAddress, size: u64) -> io::Result<()> {
+    let length = usize::try_from(size).map_err(io::Error::other)?;
+    let pages = memory.get_slice(start, length).map_err(io::Error::other)?;
+    // SAFETY: needed as no wrapper gives advice. The pages lie inside a mapping that a region of guest memory owns, and
+    // what they hold stays the same.
+    match unsafe { libc::madvise(pages.ptr_guard_mut().as_ptr().cast(), length, libc::MADV_POPULATE_WRITE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Replaces whole pages of guest memory by those of `file` from `offset` on.
 fn map_fixed(target: &VolatileSlice<'_>, file: &File, offset: u64, sharing: libc::c_int) -> io::Result<()> {
     let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;

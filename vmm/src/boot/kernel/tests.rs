@@ -192,6 +192,65 @@ fn a_copied_kernel_is_the_same_and_its_file_is_not_mapped() {
     assert_eq!((mapped.2, copied.2), (1, 0));
 }
 
+/// Adds a table with one section of code to an ELF kernel.
+fn add_code_section(file: &mut Vec<u8>, offset: u64, size: u64) {
+    let table = file.len() as u64;
+    file[40..48].copy_from_slice(&table.to_le_bytes());
+    file[58..60].copy_from_slice(&64u16.to_le_bytes());
+    file[60..62].copy_from_slice(&1u16.to_le_bytes());
+    let words = [1, 6, 0, offset, size, 0, 0, 0];
+    let mut header = words.map(u64::to_le_bytes).concat();
+    // The first two numbers, name and kind, have 4 bytes each.
+    header[..8].copy_from_slice(&[0, 0, 0, 0, 1, 0, 0, 0]);
+    file.extend(header);
+}
+
+/// KiB of a mapping of this file that are this process's own.
+fn own_kib(path: &Path) -> u64 {
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let (_, mapping) = maps.split_once(path.to_str().unwrap()).unwrap();
+    let line = mapping.lines().find(|line| line.starts_with("Anonymous:"));
+    line.unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_code_of_a_mapped_kernel_is_the_guests_own_and_its_padding_is_shared() {
+    const PART: u64 = 64 << 10;
+    let load = Load {
+        offset: 0x1000,
+        address: 16 * MIB,
+        file_size: 6 * PART,
+        memory_size: 6 * PART,
+    };
+    let mut bytes = elf(&[load], None);
+    // Code, padding, a page of code that begins a part, and data.
+    for part in [0, 2] {
+        let at = usize::try_from(load.offset + part * PART).unwrap();
+        bytes[at..at + 4].copy_from_slice(b"code");
+    }
+    add_code_section(&mut bytes, load.offset, 2 * PART + 100);
+    let file = TempFile::new(&bytes);
+    let image = Image::open(ImageKind::Kernel, &file.0).unwrap();
+    let memory = memory::create(32).unwrap();
+    super::load(&memory, &image, Placement::Mapped).unwrap();
+    assert_eq!(own_kib(&file.0), 64 + 4);
+    let mut loaded = vec![0; usize::try_from(load.file_size).unwrap()];
+    memory.read_slice(&mut loaded, GuestAddress(load.address)).unwrap();
+    assert!(loaded == bytes[0x1000..][..loaded.len()]);
+}
+
+#[test]
+fn a_kernel_boots_with_any_table_of_sections() {
+    for (offset, size) in [(0, u64::MAX), (u64::MAX, 2), (0x2000, 0), (1 << 40, 1 << 40)] {
+        let mut bytes = elf(&[ALIGNED], None);
+        add_code_section(&mut bytes, offset, size);
+        assert_eq!(load_bytes(&bytes, 32).1.unwrap().end, 16 * MIB + 0x5000);
+        let table = bytes.len() as u64;
+        bytes[40..48].copy_from_slice(&table.to_le_bytes());
+        load_bytes(&bytes, 32).1.unwrap();
+    }
+}
+
 #[test]
 fn writes_of_the_guest_do_not_reach_the_file() {
     let file = TempFile::new(&elf(&[ALIGNED], None));
