@@ -5,7 +5,8 @@
 //! own memory map for them, and give every thread a second stack of two mappings. Left out, the process starts sooner
 //! and is smaller by some pages for each thread.
 
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::{CStr, c_void};
+use std::ops::Range;
 
 use crate::x86_64::layout::PAGE_SIZE;
 
@@ -49,36 +50,35 @@ fn hold_standard_descriptors() {
 pub fn let_go() {
     // SAFETY: needed because std has no way to say it. The allocator takes its own lock.
     unsafe { libc::malloc_trim(0) };
-    // SAFETY: needed to learn where the program lies. `let_go_of_program` is what the C library expects, and uses no
-    // data of ours.
-    unsafe { libc::dl_iterate_phdr(Some(let_go_of_program), std::ptr::null_mut()) };
+    for part in read_only_parts() {
+        // SAFETY: needed because std has no madvise. The pages are mapped from the program's file and never written, so
+        // each of them reads the same when it is touched again.
+        unsafe { libc::madvise(part.start as *mut c_void, part.len(), libc::MADV_DONTNEED) };
+    }
 }
 
-/// Called for each object that is loaded; ends after the first, which is the program.
-///
-/// # Safety
-///
-/// `object` is valid, as the C library gives it to callbacks of `dl_iterate_phdr`.
-unsafe extern "C" fn let_go_of_program(
-    object: *mut libc::dl_phdr_info,
-    _size: usize,
-    _data: *mut c_void,
-) -> c_int {
-    // SAFETY: the caller guarantees that `object` is valid; its headers are part of the loaded program.
-    let (base, headers) = unsafe {
-        let object = &*object;
-        let headers = std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into());
-        (object.dlpi_addr, headers)
+/// Where the whole pages of the program lie that are mapped from its file and never written. Collected, as the table
+/// that tells it lies in one of them.
+fn read_only_parts() -> Vec<Range<usize>> {
+    // SAFETY: needed because std does not tell where the program lies. The kernel gives every process the address of its
+    // program headers and their number, and they stay where they are.
+    let (table, headers) = unsafe {
+        let table = libc::getauxval(libc::AT_PHDR);
+        let count = libc::getauxval(libc::AT_PHNUM);
+        let headers = table as *const libc::Elf64_Phdr;
+        let count = usize::try_from(count).expect("numbers have 64 bits");
+        (table, std::slice::from_raw_parts(headers, count))
+    };
+    let Some(itself) = headers.iter().find(|header| header.p_type == libc::PT_PHDR) else {
+        return Vec::new();
+    };
+    let place = |header: &libc::Elf64_Phdr| {
+        let start = table - itself.p_vaddr + header.p_vaddr;
+        let (start, end) = (start.next_multiple_of(PAGE_SIZE), (start + header.p_memsz) / PAGE_SIZE * PAGE_SIZE);
+        let address = |number| usize::try_from(number).expect("addresses have 64 bits");
+        address(start)..address(end.max(start))
     };
     let read_only =
         |header: &&libc::Elf64_Phdr| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0;
-    for header in headers.iter().filter(read_only) {
-        let start = (base + header.p_vaddr).next_multiple_of(PAGE_SIZE);
-        let end = (base + header.p_vaddr + header.p_memsz) / PAGE_SIZE * PAGE_SIZE;
-        let length = usize::try_from(end.saturating_sub(start)).expect("addresses have 64 bits");
-        // SAFETY: needed because std has no madvise. The pages are mapped from the program's file and never written, so
-        // each of them reads the same when it is touched again.
-        unsafe { libc::madvise(start as *mut c_void, length, libc::MADV_DONTNEED) };
-    }
-    1
+    headers.iter().filter(read_only).map(place).collect()
 }
