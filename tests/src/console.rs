@@ -3,10 +3,13 @@
 
 use std::io::Read;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Shown of a long output when a test fails, in bytes.
 const TAIL: usize = 6000;
+/// How long what was read may wait for more of it. A guest's console comes byte by byte, and to pass on each of them by
+/// itself would cost two switches of threads.
+const GATHER: Duration = Duration::from_millis(2);
 
 /// A growing record of bytes; clones show the same one.
 #[derive(Debug, Clone, Default)]
@@ -27,6 +30,7 @@ impl Console {
             let mut bytes = [0; 4096];
             while let Ok(count @ 1..) = source.read(&mut bytes) {
                 writer.change(|record| record.bytes.extend_from_slice(&bytes[..count]));
+                std::thread::sleep(GATHER);
             }
             writer.change(|record| record.ended = true);
         });
@@ -119,7 +123,6 @@ impl Console {
 mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
-    use std::time::Duration;
 
     use super::*;
 
