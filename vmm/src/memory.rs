@@ -177,12 +177,7 @@ pub fn discard(region: &GuestRegion, range: Range<u64>) -> io::Result<()> {
     let length = usize::try_from(length).map_err(io::Error::other)?;
     let pages = region.get_slice(MemoryRegionAddress(range.start), length);
     let pages = pages.map_err(io::Error::other)?;
-    // SAFETY: needed to give memory back. The pages lie inside a mapping that `region` owns; as guest memory they are
-    // only ever accessed by address, volatile, so nothing relies on their content.
-    match unsafe { libc::madvise(pages.ptr_guard_mut().as_ptr().cast(), length, libc::MADV_DONTNEED) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    advise(&pages, libc::MADV_DONTNEED)
 }
 
 /// Maps `size` bytes of `file` at `offset` over the RAM at `start`, copy-on-write: reads come from the page cache that
@@ -232,9 +227,14 @@ pub fn map_private_file(
 pub fn copy_file_pages(memory: &GuestMemory, start: GuestAddress, size: u64) -> io::Result<()> {
     let length = usize::try_from(size).map_err(io::Error::other)?;
     let pages = memory.get_slice(start, length).map_err(io::Error::other)?;
+    advise(&pages, libc::MADV_POPULATE_WRITE)
+}
+
+/// Tells the kernel what guest memory is to be like.
+fn advise(pages: &VolatileSlice<'_>, advice: libc::c_int) -> io::Result<()> {
     // SAFETY: needed as no wrapper gives advice. The pages lie inside a mapping that a region of guest memory owns, and
-    // what they hold stays the same.
-    match unsafe { libc::madvise(pages.ptr_guard_mut().as_ptr().cast(), length, libc::MADV_POPULATE_WRITE) } {
+    // are only ever accessed by address, volatile: nothing relies on their content.
+    match unsafe { libc::madvise(pages.ptr_guard_mut().as_ptr().cast(), pages.len(), advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

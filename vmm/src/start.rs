@@ -73,8 +73,9 @@ fn read_only_parts() -> Vec<Range<usize>> {
         return Vec::new();
     };
     let place = |header: &libc::Elf64_Phdr| {
-        let start = table - itself.p_vaddr + header.p_vaddr;
-        let (start, end) = (start.next_multiple_of(PAGE_SIZE), (start + header.p_memsz) / PAGE_SIZE * PAGE_SIZE);
+        let first = table - itself.p_vaddr + header.p_vaddr;
+        let start = first.next_multiple_of(PAGE_SIZE);
+        let end = (first + header.p_memsz) / PAGE_SIZE * PAGE_SIZE;
         let address = |number| usize::try_from(number).expect("addresses have 64 bits");
         address(start)..address(end.max(start))
     };

@@ -79,7 +79,10 @@ pub(super) fn load(
     };
     for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
         let mapped = place(memory, image, segment, placement)?;
-        for part in code.iter().flat_map(|section| code_parts(image, section, &mapped)) {
+        let parts = code
+            .iter()
+            .flat_map(|section| code_parts(image, section, &mapped));
+        for part in parts {
             let start = GuestAddress(segment.address + (part.start - segment.offset));
             // Nothing but speed depends on it: Linux before 5.14 cannot do it.
             let _ = memory::copy_file_pages(memory, start, part.end - part.start);
@@ -215,7 +218,9 @@ fn code_sections(image: &Image, head: &[u8]) -> Vec<Range<u64>> {
         return Vec::new();
     }
     let table = field(head, 40).map_or(0, u64::from_le_bytes);
-    let headers = image.read("section headers", table, size * count).unwrap_or_default();
+    let headers = image
+        .read("section headers", table, size * count)
+        .unwrap_or_default();
     headers.chunks_exact(size).filter_map(code_section).collect()
 }
 

@@ -235,7 +235,9 @@ fn the_code_of_a_mapped_kernel_is_the_guests_own_and_its_padding_is_shared() {
     super::load(&memory, &image, Placement::Mapped).unwrap();
     assert_eq!(own_kib(&file.0), 64 + 4);
     let mut loaded = vec![0; usize::try_from(load.file_size).unwrap()];
-    memory.read_slice(&mut loaded, GuestAddress(load.address)).unwrap();
+    memory
+        .read_slice(&mut loaded, GuestAddress(load.address))
+        .unwrap();
     assert!(loaded == bytes[0x1000..][..loaded.len()]);
 }
 
