@@ -313,6 +313,21 @@ impl Vm {
     pub fn guest(&self) -> Guest<'_> {
         Guest::new(&self.monitor, &self.dialogue)
     }
+
+    /// Lets the guest use so many MiB of its memory and free them again, which the host does not see by itself.
+    /// Gives the bytes of memory that the monitor had in between.
+    pub fn use_and_free(&self, mib: u64) -> Result<u64> {
+        let before = self.resident_bytes()?;
+        self.guest().check(&format!(
+            "mkdir -p /ram && mount -t tmpfs -o size=90% none /ram && dd if=/dev/zero of=/ram/file bs=1M count={mib}"
+        ))?;
+        // The guest may tell the host as soon as it is free.
+        let after = self.resident_bytes()?;
+        // Some of it was the guest's already.
+        assert!(after > before + mib * (2 << 20) / 3, "{before} {after}");
+        self.guest().check("umount /ram")?;
+        Ok(after)
+    }
 }
 
 impl Deref for Vm {

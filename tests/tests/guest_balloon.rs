@@ -21,18 +21,6 @@ fn vm(name: &str, balloon: Value) -> TestVm {
     vm.section("balloon", balloon)
 }
 
-/// The guest uses much of its memory and frees it again, which the host does not see.
-fn use_and_free(vm: &Vm) -> Result {
-    let before = vm.resident_bytes()?;
-    vm.guest().check(&format!(
-        "mkdir -p /ram && mount -t tmpfs -o size=90% none /ram &&
-         dd if=/dev/zero of=/ram/file bs=1M count={USED} && umount /ram"
-    ))?;
-    let after = vm.resident_bytes()?;
-    assert!(after > before + 100 * MIB, "{before} {after}");
-    Ok(())
-}
-
 /// A field of the guest's /proc/meminfo, in MiB.
 fn meminfo(vm: &Vm, field: &str) -> Result<u64> {
     let line = vm.guest().check(&format!("grep '^{field}:' /proc/meminfo"))?;
@@ -67,7 +55,7 @@ fn plain() -> Value {
 }
 
 fn assert_it_takes_and_gives_back(vm: &Vm) -> Result {
-    use_and_free(vm)?;
+    vm.use_and_free(USED)?;
     let (free, used) = (meminfo(vm, "MemAvailable")?, vm.resident_bytes()?);
 
     set_target(vm, 128)?;
@@ -84,7 +72,7 @@ fn assert_it_takes_and_gives_back(vm: &Vm) -> Result {
     wait_for_size(vm, 0)?;
     let again = meminfo(vm, "MemAvailable")?;
     assert!(again + 8 > free, "the guest had {free} MiB and has {again}");
-    use_and_free(vm)?;
+    vm.use_and_free(USED)?;
     assert!(vm.counted("balloon", "inflate_count")? >= 128);
     assert!(vm.counted("balloon", "deflate_count")? >= 128);
     assert_eq!(vm.counted("balloon", "event_fails")?, 0);
@@ -178,7 +166,7 @@ fn a_hinting_run_gives_free_pages_back_and_the_guest_goes_on() -> Result {
         "balloon-hints",
         json!({"amount_mib": 0, "deflate_on_oom": false, "free_page_hinting": true}),
     )?;
-    use_and_free(&vm)?;
+    vm.use_and_free(USED)?;
     let (free, used) = (meminfo(&vm, "MemAvailable")?, vm.resident_bytes()?);
     assert_eq!(hinting_status(&vm)?, json!({"host_cmd": 0, "guest_cmd": null}));
     vm.request("PATCH", "/balloon/hinting/start", "")?.success()?;
@@ -194,7 +182,7 @@ fn a_hinting_run_gives_free_pages_back_and_the_guest_goes_on() -> Result {
     assert_eq!(vm.counted("balloon", "free_page_hint_fails")?, 0);
     let again = meminfo(&vm, "MemAvailable")?;
     assert!(again + 8 > free, "the guest had {free} MiB and has {again}");
-    use_and_free(&vm)?;
+    vm.use_and_free(USED)?;
     assert_the_guest_keeps_hinted_pages_until_the_stop(&vm)
 }
 
@@ -217,13 +205,12 @@ fn reporting_gives_freed_memory_back_by_itself() -> Result {
         "balloon-reports",
         json!({"amount_mib": 0, "deflate_on_oom": false, "free_page_reporting": true}),
     )?;
-    use_and_free(&vm)?;
-    let used = vm.resident_bytes()?;
+    let used = vm.use_and_free(USED)?;
     wait_for(&vm, "100 MiB to come back", || {
         Ok(vm.resident_bytes()? + 100 * MIB < used)
     })?;
     assert!(vm.counted("balloon", "free_page_report_freed")? > 100 * MIB);
-    use_and_free(&vm)?;
+    vm.use_and_free(USED)?;
     assert_eq!(vm.counted("balloon", "free_page_report_fails")?, 0);
     Ok(())
 }

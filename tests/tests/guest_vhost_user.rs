@@ -214,10 +214,7 @@ fn the_balloon_gives_shared_memory_back() -> Result {
     let balloon = json!({"amount_mib": 0, "deflate_on_oom": false});
     let vm = TestVm::new("vhost-user-balloon").mem_mib(256);
     let vm = boot(&backend, vm.section("balloon", balloon))?;
-    vm.guest().check(
-        "mkdir -p /ram && mount -t tmpfs -o size=90% none /ram &&
-         dd if=/dev/zero of=/ram/file bs=1M count=128 && umount /ram",
-    )?;
+    vm.use_and_free(128)?;
     let used = vm.resident_bytes()?;
     vm.patch("/balloon", &json!({"amount_mib": 128}))?.success()?;
     wait_until("memory from the guest", GUEST_TIMEOUT, || {
