@@ -300,7 +300,7 @@ impl Vm {
         let address = IoEventAddress::Mmio(address);
         self.fd
             .register_ioevent(fd, &address, value)
-            .map_err(failed("bind a queue notification"))
+            .map_err(failed("bind a register of a device"))
     }
 
     /// Undoes [`Vm::register_ioevent_port`].
