@@ -12,7 +12,7 @@ use std::ptr::{self, null_mut};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion,
-    VolatileSlice,
+    VolatileMemory, VolatileSlice,
 };
 
 use crate::config::HugePages;
@@ -289,12 +289,8 @@ fn map_ram(pages: HugePages, length: usize) -> io::Result<MmapRegion<()>> {
 }
 
 fn ask_for_huge_pages(region: MmapRegion<()>) -> io::Result<MmapRegion<()>> {
-    // SAFETY: needed as no wrapper gives advice. The range is the whole mapping that `region` owns; the advice changes
-    // what backs it and nothing of what it holds.
-    match unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) } {
-        0 => Ok(region),
-        _ => Err(io::Error::last_os_error()),
-    }
+    advise(&region.as_volatile_slice(), libc::MADV_HUGEPAGE)?;
+    Ok(region)
 }
 
 /// Maps a file in memory that has no name and that other processes can be given.
