@@ -184,8 +184,8 @@ boot() {
     # The emulation now and then loses a timer's interrupt. A timer that ticks for ever goes on after that; one that is set
     # for each event stops its CPU for good, and guests with many CPUs then fail in strange ways.
     kernel_parameters+=" nowatchdog nohz=off highres=off"
-    # Memory that guests have run code in is slow to write for whoever gets it next: every single write to a page makes the
-    # emulation look for translated code. So fewer pages are cleared, and by words instead of bytes (no erms, no fsrm).
+    # Memory that guests have run code in is slow to write for whoever gets it next: every single write to a page makes
+    # the emulation look for translated code. So fewer pages are cleared, and by words, not bytes (no erms, no fsrm).
     kernel_parameters+=" init_on_alloc=0"
     servers=()
     rm -f "$work"/*.socket "$work/control"/{up,beat.*}

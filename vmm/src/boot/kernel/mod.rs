@@ -23,7 +23,8 @@ pub enum Entry {
 /// How an uncompressed kernel comes into guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
-    /// Its file is mapped over guest RAM as far as possible: nothing is read early, and VMs share its pages.
+    /// Its file is mapped over guest RAM as far as possible, so that VMs share its pages. Only its code, which Linux
+    /// patches, is copied before the start.
     Mapped,
     /// It is read into guest RAM, whose pages stay whole: a huge page cannot be replaced in parts.
     Copied,
