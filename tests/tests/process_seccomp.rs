@@ -8,12 +8,15 @@ use std::time::Instant;
 
 use mayfly_tests::{
     Drive, HOST_TIMEOUT, Monitor, MonitorBuilder, Pmem, Result, Scratch, TestVm, TinyKernel, Vm, binary,
+    wait_until,
 };
 use serde_json::{Value, json};
 
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/seccomp/x86_64.json");
 /// The exit code after a refused system call.
 const REFUSED: i32 = 148;
+/// The threads of [`machine`], in alphabetical order.
+const THREADS: [&str; 5] = ["api", "flush", "io 0", "mayfly", "vcpu 0"];
 
 /// What `/proc` says of each thread: its name, and the value of one line.
 fn threads(monitor: &Monitor, line: &str) -> Result<BTreeMap<String, u32>> {
@@ -29,6 +32,19 @@ fn threads(monitor: &Monitor, line: &str) -> Result<BTreeMap<String, u32>> {
         }
     }
     Ok(values)
+}
+
+/// Asserts what `/proc` says of [`THREADS`], in their order. A thread names itself and takes its filter while the one
+/// that started it goes on, so this waits for it.
+#[track_caller]
+fn assert_threads(monitor: &Monitor, line: &str, expected: [u32; 5]) -> Result {
+    let expected = THREADS.map(str::to_owned).into_iter().zip(expected).collect();
+    let mut told = BTreeMap::new();
+    let waited = wait_until(line, HOST_TIMEOUT, || {
+        told = threads(monitor, line).unwrap_or_default();
+        told == expected
+    });
+    waited.map_err(|_| monitor.failure(&format!("{line} {told:?}, not {expected:?}")))
 }
 
 /// The number of a thread.
@@ -83,30 +99,17 @@ fn take_groups(filters: &mut Value, thread: &str, groups: &[&str]) {
 fn every_thread_has_a_filter_and_gains_no_privileges() -> Result {
     let scratch = Scratch::new("filters")?;
     let vm = machine(&scratch, &[])?;
-    let expected = ["api", "flush", "io 0", "mayfly", "vcpu 0"];
-    let filters = threads(&vm, "Seccomp:")?;
-    assert_eq!(filters.keys().collect::<Vec<_>>(), expected);
-    assert!(filters.values().all(|mode| *mode == 2), "{filters:?}");
-    let privileges = threads(&vm, "NoNewPrivs:")?;
-    assert!(
-        privileges.values().all(|given_up| *given_up == 1),
-        "{privileges:?}"
-    );
+    assert_threads(&vm, "Seccomp:", [2; 5])?;
+    assert_threads(&vm, "NoNewPrivs:", [1; 5])?;
     // Those that the control thread starts have its filter and their own.
-    let counts = threads(&vm, "Seccomp_filters:")?;
-    let counts: Vec<_> = counts.into_values().collect();
-    assert_eq!(counts, [1, 2, 2, 1, 2]);
-    Ok(())
+    assert_threads(&vm, "Seccomp_filters:", [1, 2, 2, 1, 2])
 }
 
 #[test]
 fn no_thread_has_a_filter_when_they_are_turned_off() -> Result {
     let scratch = Scratch::new("off")?;
     let vm = machine(&scratch, &["--no-seccomp"])?;
-    let filters = threads(&vm, "Seccomp:")?;
-    assert_eq!(filters.len(), 5);
-    assert!(filters.values().all(|mode| *mode == 0), "{filters:?}");
-    Ok(())
+    assert_threads(&vm, "Seccomp:", [0; 5])
 }
 
 /// Starts a machine with changed filters; asserts that the call of the thread is named, and that nothing is left behind.
@@ -175,11 +178,7 @@ fn filters_are_compiled_ahead() -> Result {
     let file = scratch.file("filters", &compiled.stdout)?;
     let option = format!("--seccomp-filter={}", file.display());
     let vm = machine(&scratch, &[option.as_str()])?;
-    let filters = threads(&vm, "Seccomp:")?;
-    assert!(
-        filters.len() == 5 && filters.values().all(|mode| *mode == 2),
-        "{filters:?}"
-    );
+    assert_threads(&vm, "Seccomp:", [2; 5])?;
     // They are what the program has itself.
     let instructions = &compiled.stdout[compiled.stdout.len() / 2..];
     let program = fs::read(binary()?)?;
