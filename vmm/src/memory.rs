@@ -24,7 +24,7 @@ pub type GuestRegion = vm_memory::GuestRegionMmap<()>;
 
 const MIB: u64 = 1 << 20;
 /// What the host backs with one huge page, if address and length allow.
-const HUGE_PAGE: usize = 2 << 20;
+pub const HUGE_PAGE: usize = 2 << 20;
 /// How often an aligned place is tried for, should other threads map memory at the same moment.
 const ALIGN_ATTEMPTS: usize = 4;
 

@@ -4,8 +4,10 @@
 //! reads only what the guest touches and VMs share the pages of one kernel. Their ragged ends are copied, and so is
 //! everything where RAM is of huge pages.
 //!
-//! Linux patches its code all over while it boots. Each page of code would come to the guest by three faults: read,
-//! written and so copied, and found again. Its pages are the guest's own from the beginning instead.
+//! Linux patches its code all over while it boots. Each page of mapped code would come to the guest by three faults: read,
+//! written and so copied, and found again. So code is the guest's own from the beginning: what fills huge pages is read
+//! into RAM, which has such pages, and of the rest the pages are copied. The first of the huge pages stays mapped in any
+//! case: by it those who look into `/proc/PID/smaps` tell where guest RAM is.
 
 use std::ops::Range;
 
@@ -33,6 +35,7 @@ const SHF_EXECINSTR: u64 = 4;
 /// Linux pads its code to huge pages at two places. The padding is told by one look at each part of this size.
 const CODE_PART: u64 = 64 << 10;
 const CODE_LOOK: usize = 64;
+const HUGE_PAGE: u64 = memory::HUGE_PAGE as u64;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 const PF_W: u32 = 2;
@@ -78,14 +81,18 @@ pub(super) fn load(
         Placement::Copied => Vec::new(),
     };
     for segment in segments.iter().filter(|s| s.kind == PT_LOAD && s.memory_size > 0) {
-        let mapped = place(memory, image, segment, placement)?;
-        let parts = code
-            .iter()
-            .flat_map(|section| code_parts(image, section, &mapped));
-        for part in parts {
-            let start = GuestAddress(segment.address + (part.start - segment.offset));
-            // Nothing but speed depends on it: Linux before 5.14 cannot do it.
-            let _ = memory::copy_file_pages(memory, start, part.end - part.start);
+        let loader = Loader {
+            memory,
+            image,
+            segment,
+        };
+        match placement {
+            Placement::Mapped if !segment.writable => loader.map(&code)?,
+            // The guest is sure to write it: two faults and a copy for each small page cost more than to read into large
+            // ones.
+            Placement::Mapped | Placement::Copied => {
+                loader.copy(segment.address..segment.address + segment.file_size)?
+            }
         }
     }
     // The kernel maps its initrd below 4 GiB; 2 GiB is what its oldest boot protocol allows.
@@ -166,48 +173,97 @@ fn check_layout(
     Ok(ranges)
 }
 
-/// Puts a segment into guest memory; gives what part of the file is mapped there, which can be empty.
-fn place(
-    memory: &GuestMemory,
-    image: &Image,
-    segment: &Segment,
-    placement: Placement,
-) -> Result<Range<u64>, KernelError> {
-    let Segment {
-        offset,
-        address,
-        file_size,
-        ..
-    } = *segment;
-    let copy = |from: u64, to: u64| {
-        let place = (memory, GuestAddress(address + from));
-        image.read_to_guest("segments", offset + from, to - from, place)
-    };
-    // Where file and memory pages coincide, the whole pages of the middle are mapped, unless the guest is sure to write
-    // them: two faults and a copy for each small page cost more than to read them into large ones. The sums were checked.
-    let first = address.next_multiple_of(PAGE_SIZE) - address;
-    let last = ((address + file_size) / PAGE_SIZE * PAGE_SIZE).saturating_sub(address);
-    let apart = offset % PAGE_SIZE != address % PAGE_SIZE || first >= last;
-    if placement == Placement::Copied || segment.writable || apart {
-        if file_size > 0 {
-            copy(0, file_size)?;
+/// Puts a segment into guest memory. Ranges are of guest addresses; the sums that they lead to were checked.
+struct Loader<'a> {
+    memory: &'a GuestMemory,
+    image: &'a Image,
+    segment: &'a Segment,
+}
+
+impl Loader<'_> {
+    /// Maps the segment as far as possible, and copies the rest.
+    fn map(&self, code: &[Range<u64>]) -> Result<(), KernelError> {
+        let Segment { offset, address, .. } = *self.segment;
+        let end = address + self.segment.file_size;
+        if offset % PAGE_SIZE != address % PAGE_SIZE {
+            return self.copy(address..end);
         }
-        return Ok(offset..offset);
+        let first = address.next_multiple_of(PAGE_SIZE).min(end);
+        // RAM follows in the last huge page, which stays whole.
+        let last = match end / HUGE_PAGE * HUGE_PAGE {
+            last if last > first => last,
+            _ => (end / PAGE_SIZE * PAGE_SIZE).max(first),
+        };
+        let code = self.code_between(first..last, code);
+        let mut mapped = first;
+        self.copy(address..first)?;
+        for pages in code.iter().filter_map(|part| huge_pages(part, first)) {
+            self.map_pages(mapped..pages.start, &code)?;
+            mapped = mapped.max(pages.end);
+            self.copy(pages)?;
+        }
+        self.map_pages(mapped..last, &code)?;
+        self.copy(last..end)
     }
-    if first > 0 {
-        copy(0, first)?;
-    }
-    let start = GuestAddress(address + first);
-    memory::map_private_file(memory, start, image.file(), offset + first, last - first).map_err(
-        |source| KernelError::Map {
-            path: image.path().to_owned(),
+
+    /// Maps whole pages, and copies those with code.
+    fn map_pages(&self, pages: Range<u64>, code: &[Range<u64>]) -> Result<(), KernelError> {
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let (start, size) = (GuestAddress(pages.start), pages.end - pages.start);
+        memory::map_private_file(
+            self.memory,
+            start,
+            self.image.file(),
+            self.in_file(pages.start),
+            size,
+        )
+        .map_err(|source| KernelError::Map {
+            path: self.image.path().to_owned(),
             source,
-        },
-    )?;
-    if last < file_size {
-        copy(last, file_size)?;
+        })?;
+        for part in code {
+            let part = part.start.max(pages.start)..part.end.min(pages.end);
+            if !part.is_empty() {
+                // Nothing but speed depends on it: Linux before 5.14 cannot do it.
+                let _ = memory::copy_file_pages(self.memory, GuestAddress(part.start), part.end - part.start);
+            }
+        }
+        Ok(())
     }
-    Ok(offset + first..offset + last)
+
+    fn copy(&self, range: Range<u64>) -> Result<(), KernelError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let place = (self.memory, GuestAddress(range.start));
+        let (offset, length) = (self.in_file(range.start), range.end - range.start);
+        Ok(self.image.read_to_guest("segments", offset, length, place)?)
+    }
+
+    /// Where the file has what comes to an address of the segment.
+    fn in_file(&self, address: u64) -> u64 {
+        self.segment.offset + (address - self.segment.address)
+    }
+
+    /// Where between two pages the code of these sections, which are ranges of the file, comes to.
+    fn code_between(&self, pages: Range<u64>, sections: &[Range<u64>]) -> Vec<Range<u64>> {
+        let Segment { offset, address, .. } = *self.segment;
+        let pages = self.in_file(pages.start)..self.in_file(pages.end);
+        let parts = sections
+            .iter()
+            .flat_map(|section| code_parts(self.image, section, &pages));
+        let in_guest = |part: Range<u64>| address + (part.start - offset)..address + (part.end - offset);
+        parts.map(in_guest).collect()
+    }
+}
+
+/// The huge pages that code fills, if any, without that of the address `first`.
+fn huge_pages(code: &Range<u64>, first: u64) -> Option<Range<u64>> {
+    let start = code.start.max(first + 1).next_multiple_of(HUGE_PAGE);
+    let end = code.end / HUGE_PAGE * HUGE_PAGE;
+    (start < end).then_some(start..end)
 }
 
 /// Where in the file the sections of code lie. None if there is no usable table of them: nobody needs it to boot.

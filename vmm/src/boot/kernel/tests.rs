@@ -241,6 +241,54 @@ fn the_code_of_a_mapped_kernel_is_the_guests_own_and_its_padding_is_shared() {
     assert!(loaded == bytes[0x1000..][..loaded.len()]);
 }
 
+/// The ranges of a mapped file in the memory of this process, as pairs of length and offset, in order.
+fn mapped_parts(path: &Path) -> Vec<(u64, u64)> {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let number = |text: &str| u64::from_str_radix(text, 16).unwrap();
+    let part = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let (start, end) = words[0].split_once('-').unwrap();
+        (number(end) - number(start), number(words[2]))
+    };
+    let path = path.to_str().unwrap();
+    maps.lines()
+        .filter(|line| line.ends_with(path))
+        .map(part)
+        .collect()
+}
+
+#[test]
+fn huge_pages_stay_whole_where_they_are_full_of_code_and_where_the_file_ends() {
+    const HUGE: u64 = memory::HUGE_PAGE as u64;
+    let load = Load {
+        offset: 0x1000,
+        address: 16 * MIB,
+        file_size: 5 * HUGE + 0x2800,
+        memory_size: 5 * HUGE + 0x5000,
+    };
+    let mut bytes = elf(&[load], None);
+    // All but the last 64 KiB of the fourth huge page.
+    let code = 4 * HUGE - (64 << 10);
+    for at in (load.offset..load.offset + code).step_by(64 << 10) {
+        let at = usize::try_from(at).unwrap();
+        bytes[at..at + 4].copy_from_slice(b"code");
+    }
+    add_code_section(&mut bytes, load.offset, code);
+    let file = TempFile::new(&bytes);
+    let image = Image::open(ImageKind::Kernel, &file.0).unwrap();
+    let memory = memory::create(32).unwrap();
+    super::load(&memory, &image, Placement::Mapped).unwrap();
+    let rest = (2 * HUGE, load.offset + 3 * HUGE);
+    assert_eq!(mapped_parts(&file.0), [(HUGE, load.offset), rest]);
+    let mut loaded = vec![0; usize::try_from(load.memory_size).unwrap()];
+    memory
+        .read_slice(&mut loaded, GuestAddress(load.address))
+        .unwrap();
+    let (content, zeroes) = loaded.split_at(usize::try_from(load.file_size).unwrap());
+    assert!(content == &bytes[0x1000..][..content.len()]);
+    assert!(zeroes.iter().all(|byte| *byte == 0));
+}
+
 #[test]
 fn a_kernel_boots_with_any_table_of_sections() {
     for (offset, size) in [(0, u64::MAX), (u64::MAX, 2), (0x2000, 0), (1 << 40, 1 << 40)] {
