@@ -11,6 +11,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::GuestMemory;
 
+/// Zeros are looked for in parts of this size.
+const ZEROS: usize = 64 << 10;
+
 /// What an image is for, as messages name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageKind {
@@ -176,7 +179,8 @@ impl Image {
         Ok(bytes)
     }
 
-    /// Reads `length` bytes at `offset` straight into guest memory at `address`.
+    /// Reads `length` bytes at `offset` straight into guest memory at `address`, which nobody has written to yet: parts
+    /// of zeros are left alone there, and take no memory until the guest writes to them.
     pub fn read_to_guest(
         &self,
         part: &'static str,
@@ -186,12 +190,47 @@ impl Image {
     ) -> Result<(), ImageError> {
         self.check_range(part, offset, length)?;
         let read_error = |source| self.read_error(part, source);
-        let length = usize::try_from(length).map_err(|error| read_error(io::Error::other(error)))?;
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(offset)).map_err(read_error)?;
-        memory
-            .read_exact_volatile_from(address, &mut file, length)
-            .map_err(|error| read_error(io::Error::other(error)))
+        let copy = |from: u64, to: u64| {
+            if from == to {
+                return Ok(());
+            }
+            let length = usize::try_from(to - from).map_err(io::Error::other)?;
+            let mut file = &self.file;
+            file.seek(SeekFrom::Start(offset + from))?;
+            let place = GuestAddress(address.0 + from);
+            memory
+                .read_exact_volatile_from(place, &mut file, length)
+                .map_err(io::Error::other)
+        };
+        let mut buffer = vec![0; ZEROS];
+        let (mut start, mut end) = (0, 0);
+        while end < length {
+            // Aligned in the guest, so that whole pages are left alone.
+            let next = ((address.0 + end + 1).next_multiple_of(ZEROS as u64) - address.0).min(length);
+            let bytes = usize::try_from(next - end).expect("at most ZEROS");
+            if self
+                .is_zero(offset + end, &mut buffer[..bytes])
+                .map_err(read_error)?
+            {
+                copy(start, end).map_err(read_error)?;
+                start = next;
+            }
+            end = next;
+        }
+        copy(start, end).map_err(read_error)
+    }
+
+    /// Tells whether there are only zeros at `offset`, as many as the buffer has room for.
+    fn is_zero(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        // The first bytes tell most parts with something else.
+        for length in [buffer.len().min(64), buffer.len()] {
+            let bytes = &mut buffer[..length];
+            self.file.read_exact_at(bytes, offset)?;
+            if bytes[0] != 0 || bytes[1..] != bytes[..length - 1] {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn read_error(&self, part: &'static str, source: io::Error) -> ImageError {
@@ -215,6 +254,7 @@ fn open_without_blocking(path: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestMemoryBackend;
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
@@ -297,5 +337,57 @@ mod tests {
             memory.read_obj::<[u8; 5]>(GuestAddress(0x100)).unwrap(),
             *b"3456\0"
         );
+    }
+
+    #[test]
+    fn zeros_may_end_where_memory_does() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.as_path().join("image");
+        std::fs::write(&path, [0; 70_000]).unwrap();
+        let image = Image::open(ImageKind::Initrd, &path).unwrap();
+        let memory = memory::create(1).unwrap();
+        let start = GuestAddress((1 << 20) - 70_000);
+
+        image
+            .read_to_guest("content", 0, 70_000, (&memory, start))
+            .unwrap();
+
+        assert_eq!(memory.read_obj::<u64>(start).unwrap(), 0);
+    }
+
+    /// Whether the host has a page for any byte of two MiB of guest memory (`/proc/PID/pagemap`, bit 63 of an entry).
+    fn is_resident(memory: &GuestMemory, start: u64) -> bool {
+        let address = memory.get_host_address(GuestAddress(start)).unwrap().addr() as u64;
+        let mut entries = [0; 512 * 8];
+        let map = File::open("/proc/self/pagemap").unwrap();
+        map.read_exact_at(&mut entries, address / 4096 * 8).unwrap();
+        entries.chunks_exact(8).any(|entry| entry[7] & 0x80 != 0)
+    }
+
+    #[test]
+    fn zeros_take_no_memory_and_what_is_around_them_is_read() {
+        const MIB: usize = 1 << 20;
+        let folder = TempDir::new().unwrap();
+        let path = folder.as_path().join("image");
+        let mut content = vec![0; 6 * MIB + 1];
+        // The second is not among the bytes that are looked at first.
+        for place in [0, 4 * MIB + 70_000, 6 * MIB] {
+            content[place] = 0xa5;
+        }
+        std::fs::write(&path, &content).unwrap();
+        let image = Image::open(ImageKind::Initrd, &path).unwrap();
+        let memory = memory::create(8).unwrap();
+
+        image
+            .read_to_guest("content", 0, content.len() as u64, (&memory, GuestAddress(0x100)))
+            .unwrap();
+
+        let mut loaded = vec![0xff; content.len()];
+        assert_eq!(
+            [0, 2, 4, 6].map(|mib| is_resident(&memory, mib << 20)),
+            [true, false, true, true]
+        );
+        memory.read_slice(&mut loaded, GuestAddress(0x100)).unwrap();
+        assert!(loaded == content);
     }
 }
