@@ -198,8 +198,10 @@ impl Loader<'_> {
         let mut mapped = first;
         self.copy(address..first)?;
         for pages in code.iter().filter_map(|part| huge_pages(part, first)) {
+            // Sections can come in any order, and overlap in a file that is made up.
+            let pages = pages.start.max(mapped)..pages.end.max(mapped);
             self.map_pages(mapped..pages.start, &code)?;
-            mapped = mapped.max(pages.end);
+            mapped = pages.end;
             self.copy(pages)?;
         }
         self.map_pages(mapped..last, &code)?;

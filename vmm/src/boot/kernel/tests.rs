@@ -194,15 +194,22 @@ fn a_copied_kernel_is_the_same_and_its_file_is_not_mapped() {
 
 /// Adds a table with one section of code to an ELF kernel.
 fn add_code_section(file: &mut Vec<u8>, offset: u64, size: u64) {
+    add_code_sections(file, &[(offset, size)]);
+}
+
+/// Adds a table of sections of code, each with offset and size, to an ELF kernel.
+fn add_code_sections(file: &mut Vec<u8>, sections: &[(u64, u64)]) {
     let table = file.len() as u64;
     file[40..48].copy_from_slice(&table.to_le_bytes());
     file[58..60].copy_from_slice(&64u16.to_le_bytes());
-    file[60..62].copy_from_slice(&1u16.to_le_bytes());
-    let words = [1, 6, 0, offset, size, 0, 0, 0];
-    let mut header = words.map(u64::to_le_bytes).concat();
-    // The first two numbers, name and kind, have 4 bytes each.
-    header[..8].copy_from_slice(&[0, 0, 0, 0, 1, 0, 0, 0]);
-    file.extend(header);
+    file[60..62].copy_from_slice(&u16::try_from(sections.len()).unwrap().to_le_bytes());
+    for (offset, size) in sections {
+        let words = [1, 6, 0, *offset, *size, 0, 0, 0];
+        let mut header = words.map(u64::to_le_bytes).concat();
+        // The first two numbers, name and kind, have 4 bytes each.
+        header[..8].copy_from_slice(&[0, 0, 0, 0, 1, 0, 0, 0]);
+        file.extend(header);
+    }
 }
 
 /// KiB of a mapping of this file that are this process's own.
@@ -287,6 +294,32 @@ fn huge_pages_stay_whole_where_they_are_full_of_code_and_where_the_file_ends() {
     let (content, zeroes) = loaded.split_at(usize::try_from(load.file_size).unwrap());
     assert!(content == &bytes[0x1000..][..content.len()]);
     assert!(zeroes.iter().all(|byte| *byte == 0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn content_does_not_depend_on_the_sections(sections in prop::collection::vec((0..1_700u64, 0..1_700u64), 1..6)) {
+        let load = Load {
+            offset: 0x1000,
+            address: 16 * MIB,
+            file_size: 6 * MIB + 0x2800,
+            memory_size: 6 * MIB + 0x5000,
+        };
+        let mut bytes = elf(&[load], None);
+        for part in bytes[0x1000..].chunks_mut(64 << 10) {
+            part[..4].copy_from_slice(b"code");
+        }
+        let whole = bytes[0x1000..].to_vec();
+        let sections: Vec<_> = sections.into_iter().map(|(page, pages)| (page * 4096, pages * 4096)).collect();
+        add_code_sections(&mut bytes, &sections);
+        let (memory, loaded) = load_bytes(&bytes, 32);
+        loaded.unwrap();
+        let mut content = vec![0; whole.len()];
+        memory.read_slice(&mut content, GuestAddress(load.address)).unwrap();
+        prop_assert!(content == whole);
+    }
 }
 
 #[test]
