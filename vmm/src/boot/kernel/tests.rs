@@ -120,12 +120,17 @@ fn byte(memory: &GuestMemory, address: u64) -> u8 {
     memory.read_obj(GuestAddress(address)).unwrap()
 }
 
-const ALIGNED: Load = Load {
-    offset: 0x1000,
-    address: 16 * MIB,
-    file_size: 0x2800,
-    memory_size: 0x5000,
-};
+const ALIGNED: Load = aligned(0);
+
+/// A segment of so many bytes, a ragged end and zeroes.
+const fn aligned(size: u64) -> Load {
+    Load {
+        offset: 0x1000,
+        address: 16 * MIB,
+        file_size: size + 0x2800,
+        memory_size: size + 0x5000,
+    }
+}
 
 #[test]
 fn an_elf_kernel_with_a_pvh_note_is_entered_there() {
@@ -267,12 +272,7 @@ fn mapped_parts(path: &Path) -> Vec<(u64, u64)> {
 #[test]
 fn huge_pages_stay_whole_where_they_are_full_of_code_and_where_the_file_ends() {
     const HUGE: u64 = memory::HUGE_PAGE as u64;
-    let load = Load {
-        offset: 0x1000,
-        address: 16 * MIB,
-        file_size: 5 * HUGE + 0x2800,
-        memory_size: 5 * HUGE + 0x5000,
-    };
+    let load = aligned(5 * HUGE);
     let mut bytes = elf(&[load], None);
     // All but the last 64 KiB of the fourth huge page.
     let code = 4 * HUGE - (64 << 10);
@@ -301,12 +301,7 @@ proptest! {
 
     #[test]
     fn content_does_not_depend_on_the_sections(sections in prop::collection::vec((0..1_700u64, 0..1_700u64), 1..6)) {
-        let load = Load {
-            offset: 0x1000,
-            address: 16 * MIB,
-            file_size: 6 * MIB + 0x2800,
-            memory_size: 6 * MIB + 0x5000,
-        };
+        let load = aligned(6 * MIB);
         let mut bytes = elf(&[load], None);
         for part in bytes[0x1000..].chunks_mut(64 << 10) {
             part[..4].copy_from_slice(b"code");
