@@ -39,7 +39,7 @@ const CONFIG_SIZE: usize = 60;
 /// out and the other devices of the loop have their turn. So an answer waits for few others when the disk is slow, and
 /// one interrupt serves many when it is fast.
 pub(super) const RUN_REQUESTS: u32 = 128;
-const RUN_TIME: Duration = Duration::from_micros(500);
+pub(super) const RUN_TIME: Duration = Duration::from_micros(500);
 
 const KIND: &str = "block";
 const STATE_VERSION: u32 = 1;
@@ -346,7 +346,9 @@ impl Block {
     }
 
     fn serve_queue(&mut self, queue: u16, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let Some(running) = io.queues.get_mut(usize::from(queue)) else {
+        // A driver may leave queues unused, and events of the device come all the same.
+        let running = io.queues.get_mut(usize::from(queue));
+        let Some(running) = running.filter(|queue| queue.config().ready) else {
             return Ok(());
         };
         // A driver that takes no flush counts on every write to be durable (virtio 1.2 §5.2.5.1).

@@ -5,10 +5,10 @@
 //! (virtio 1.2 §5.2.6.2), and those are with the host.
 
 use std::os::fd::AsRawFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::backend::Backend;
-use super::device::{Admitted, Block, ENGINE_TOKEN, RUN_REQUESTS};
+use super::device::{Admitted, Block, ENGINE_TOKEN, RUN_REQUESTS, RUN_TIME};
 use super::request::Request;
 use super::uring::Uring;
 use super::{Config, IoEngine, OpenError};
@@ -16,7 +16,7 @@ use crate::GuestMemory;
 use crate::virtio::{Chain, DeviceError, Io, QueueError, Ring, UpdateError, Vector};
 
 /// A run ends when it has taken requests for this many bytes: the kernel moves those in its page cache while it takes
-/// them, and the guest waits.
+/// them, and the guest waits. It also ends when requests that do not overlap have taken [`RUN_TIME`].
 const RUN_BYTES: usize = 1 << 20;
 
 /// The engine that a config asks for; none when requests are carried out where they are taken.
@@ -74,16 +74,16 @@ impl Block {
         ring: &mut Ring<'_, 'm>,
         write_through: bool,
     ) -> Result<bool, QueueError> {
-        let (mut count, mut bytes) = (0, 0);
+        let (mut count, mut bytes, mut time) = (0, 0, Duration::ZERO);
         ring.disable_notify();
         loop {
-            if count == RUN_REQUESTS || bytes >= RUN_BYTES {
+            if count == RUN_REQUESTS || bytes >= RUN_BYTES || time >= RUN_TIME {
                 return ring.enable_notify();
             }
             if engine.is_full() {
-                // The next that lands makes room.
+                // All that an honest driver can have offered, so what comes next comes with a notification.
                 self.metrics.io_engine_throttled_events += 1;
-                return Ok(false);
+                return ring.enable_notify().map(|_| false);
             }
             let mut chain = engine.chain();
             if !ring.pop(&mut chain)? {
@@ -114,7 +114,9 @@ impl Block {
                 Admitted::Valid(request, status) => {
                     let start = Instant::now();
                     let result = self.execute(request, &mut chain, write_through);
-                    let written = self.conclude(request, &status, result, start.elapsed());
+                    let taken = start.elapsed();
+                    time += taken;
+                    let written = self.conclude(request, &status, result, taken);
                     ring.push(chain.head(), written);
                     engine.give_back(chain);
                 }

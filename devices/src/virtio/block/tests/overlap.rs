@@ -284,11 +284,15 @@ fn a_driver_without_flush_has_durable_writes() {
     );
 }
 
+fn in_memory(len: u64) -> TempFile {
+    let image = TempFile::new_in(std::path::Path::new("/dev/shm")).unwrap();
+    image.as_file().set_len(len).unwrap();
+    image
+}
+
 #[test]
 fn a_request_that_comes_alone_to_an_image_in_memory_is_answered_at_once() {
-    let image = TempFile::new_in(std::path::Path::new("/dev/shm")).unwrap();
-    image.as_file().set_len(64 * 512).unwrap();
-    let mem = testing::memory(1 << 20);
+    let (image, mem) = (in_memory(64 * 512), testing::memory(1 << 20));
     let (mut device, mut guest) = setup(&image, &mem);
     for (kind, sector) in [(OUT, 1), (FLUSH, 2), (IN, 3)] {
         offer(&mut guest, kind, sector);
@@ -298,4 +302,58 @@ fn a_request_that_comes_alone_to_an_image_in_memory_is_answered_at_once() {
     (0..SECTORS).for_each(|sector| offer(&mut guest, OUT, sector));
     guest.kick(&mut device).unwrap();
     await_answers(&mut guest, &mut device, 64);
+}
+
+/// Offers flushes as an honest driver may, until the engine takes no more; returns how many were offered in all.
+fn fill_engine(guest: &mut Guest<'_>, device: &mut Block, image: &TempFile) -> u16 {
+    guest.header(HEADER, FLUSH, 0);
+    let (mut offered, mut answered) = (0u16, 0u16);
+    while device.metrics()["io_engine_throttled_events"] == 0 {
+        // Something to flush, so that it takes the host a while.
+        image.as_file().write_all(&[1; 4096]).unwrap();
+        let room = 256 - offered.wrapping_sub(answered);
+        for _ in 0..room {
+            guest
+                .driver
+                .offer_indirect(0x30000, &[readable(HEADER, 16), writable(STATUS, 1)]);
+        }
+        offered = offered.wrapping_add(room);
+        guest.kick(device).unwrap();
+        answered = answered.wrapping_add(u16::try_from(guest.answered()).unwrap());
+    }
+    offered
+}
+
+#[test]
+fn a_full_engine_is_told_of_what_comes_after() {
+    let (image, other, mem) = (image(64 * 512), image(64 * 512), testing::memory(1 << 20));
+    let (mut device, mut guest) = setup(&image, &mem);
+    let offered = fill_engine(&mut guest, &mut device, &image);
+    // All that is in flight lands here, and no event comes of it.
+    let patch = json!({"drive_id": "data", "path_on_host": path(&other)});
+    let mut io = testing::io(&mem, &mut guest.queues, &guest.recorder, guest.features);
+    device.update(patch, &mut io).unwrap();
+    assert_eq!(io.again, None);
+    // The driver notifies when it passes this index.
+    assert_eq!(guest.driver.notify_wish().1, offered);
+}
+
+#[test]
+fn a_run_of_what_does_not_overlap_ends_in_time() {
+    let (image, mem) = (in_memory(64 << 20), testing::memory(1 << 20));
+    let (mut device, mut guest) = setup(&image, &mem);
+    // The most sectors in a request, which the file system has to be sent.
+    guest.header(HEADER, WRITE_ZEROES, 0);
+    guest.fill(DATA, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80, 0, 0, 0, 0, 0, 0]);
+    for _ in 0..100 {
+        guest.driver.offer_indirect(
+            0x30000,
+            &[readable(HEADER, 16), readable(DATA, 16), writable(STATUS, 1)],
+        );
+    }
+    assert_eq!(guest.kick(&mut device).unwrap(), Some(0));
+    let first = guest.answered();
+    assert!((1..100).contains(&first), "{first}");
+    guest.drain(&mut device);
+    assert_eq!(first + guest.answered(), 100);
 }

@@ -8,7 +8,7 @@ use vm_memory::GuestAddressSpace;
 use super::*;
 use crate::SharedMemory;
 use crate::testing::Inline;
-use crate::virtio::block::ConfigError;
+use crate::virtio::block::{ConfigError, IoEngine};
 use crate::virtio::slot::status;
 use crate::virtio::{QueueConfig, VirtioSlot};
 
@@ -166,17 +166,43 @@ fn a_driver_may_use_fewer_queues() {
     let image = image(512);
     let mut machine = slot(many(&image, Value::Null));
     let mem = machine.memory.memory();
-    let slot = &mut machine.slot;
+    let running = start_one_queue(&mut machine);
+    let mut driver = Driver::new(&mem, 0, 16);
+    read_each(&machine, &mem, std::slice::from_mut(&mut driver));
+    assert_eq!(first_bytes(&mem), [1, 0, 0]);
+    assert_eq!(machine.slot.status(), running);
+}
+
+#[test]
+fn queues_that_no_driver_uses_stand_pauses_and_changes() {
+    for io_engine in [IoEngine::Sync, IoEngine::Async] {
+        let image = image(512);
+        let config = Config {
+            queues: Some(QUEUES),
+            io_engine: Some(io_engine),
+            ..config(&image)
+        };
+        let mut machine = slot(config.build().unwrap());
+        let running = start_one_queue(&mut machine);
+        machine.slot.pause();
+        machine.slot.resume();
+        assert_eq!(machine.slot.status(), running, "{io_engine:?}");
+        let limits = json!({"drive_id": "data", "rate_limiter": one_an_hour(1)});
+        machine.slot.update(limits).unwrap();
+        assert_eq!(machine.slot.status(), running, "{io_engine:?}");
+    }
+}
+
+/// A driver that uses the first queue only; returns the status that it has written.
+fn start_one_queue(machine: &mut Machine) -> u8 {
+    let (slot, mem) = (&mut machine.slot, machine.memory.memory());
     slot.driver.driver_features_select = 1;
     slot.set_driver_features(1);
     let ready = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
     slot.set_status(ready);
-    let mut driver = Driver::new(&mem, 0, 16);
-    *slot.queue_mut().unwrap() = driver.config();
+    *slot.queue_mut().unwrap() = Driver::new(&mem, 0, 16).config();
     slot.set_status(ready | status::DRIVER_OK);
-    read_each(&machine, &mem, std::slice::from_mut(&mut driver));
-    assert_eq!(first_bytes(&mem), [1, 0, 0]);
-    assert_eq!(machine.slot.status(), ready | status::DRIVER_OK);
+    ready | status::DRIVER_OK
 }
 
 #[test]
