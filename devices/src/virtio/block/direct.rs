@@ -118,7 +118,7 @@ impl Direct {
     ) -> io::Result<()> {
         let len = u64::try_from(buffers.len()).expect("a usize fits");
         let (mut at, end) = (offset, offset + len);
-        let most = usize::try_from(PIECE + 2 * self.block).expect("pieces are small");
+        let most = usize::try_from(len.min(PIECE) + 2 * self.block).expect("pieces are small");
         let mut room = vec![0; most + self.memory];
         let first = room.as_ptr().align_offset(self.memory);
         let room = &mut room[first..first + most];

@@ -126,6 +126,26 @@ impl Raw {
         answer(|| unsafe { libc::fallocate(self.fd(), mode, offset, len) })
     }
 
+    /// Zeros that the host makes without being sent them. For a block device the kernel makes commands of its own of
+    /// these, for whole blocks.
+    fn zero_in_place(&self, range: &Range<u64>, may_unmap: bool) -> io::Result<()> {
+        let unsupported = || Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        let block = self.block.unwrap_or(1);
+        if !range.start.is_multiple_of(block) || !range.end.is_multiple_of(block) {
+            return unsupported();
+        }
+        // Who writes a part of a block would bring back what it has read of the rest.
+        let _writer = self.direct.as_ref().map(Direct::writer);
+        let modes = [PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE];
+        for mode in &modes[usize::from(!may_unmap)..] {
+            match self.fallocate(*mode, range) {
+                Err(error) if is_unsupported(&error) => {}
+                done => return done,
+            }
+        }
+        unsupported()
+    }
+
     /// Zeros from memory, for file systems that can do no better.
     fn write_zero_bytes(&self, range: &Range<u64>) -> io::Result<()> {
         let mut zeros = [0; 64 << 10];
@@ -206,15 +226,10 @@ impl Backend for Raw {
     }
 
     fn write_zeroes(&self, range: Range<u64>, may_unmap: bool) -> io::Result<()> {
-        // For a block device the kernel makes commands of its own of these.
-        let modes = [PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE];
-        for mode in &modes[usize::from(!may_unmap)..] {
-            match self.fallocate(*mode, &range) {
-                Err(error) if is_unsupported(&error) => {}
-                done => return done,
-            }
+        match self.zero_in_place(&range, may_unmap) {
+            Err(error) if is_unsupported(&error) => self.write_zero_bytes(&range),
+            done => done,
         }
-        self.write_zero_bytes(&range)
     }
 }
 

@@ -118,12 +118,16 @@ impl Request {
         })
     }
 
-    /// How many bytes it moves from or to the disk.
+    /// How many bytes of the disk it reads or writes, as a limit counts them. Zeros count: where the host cannot make them
+    /// in place it writes them.
     pub(super) fn bytes(self, chain: &Chain<'_>) -> usize {
         match self {
             Self::Read { .. } => chain.writable.len(),
             Self::Write { .. } => chain.readable.len(),
-            Self::Flush | Self::GetId | Self::Discard { .. } | Self::WriteZeroes { .. } => 0,
+            Self::WriteZeroes { len, .. } => {
+                usize::try_from(len).expect("a request is checked to name few sectors")
+            }
+            Self::Flush | Self::GetId | Self::Discard { .. } => 0,
         }
     }
 }

@@ -4,10 +4,9 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::MetadataExt;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
-use crate::virtio::UpdateError;
 
 const UNMAP: u32 = 1;
 const MIB: usize = 1 << 20;
@@ -169,24 +168,35 @@ fn a_read_only_drive_has_neither() {
     assert!(content_begins_as_it_was(&image));
 }
 
-#[test]
-fn counts_as_one_operation_of_no_bytes() -> Result<(), UpdateError> {
+/// Sends this until its limit holds it back; returns how many were answered.
+fn answered_within(limiter: &Value, kind: u32, data: &[u8]) -> usize {
     let (image, mem) = (image(1024), testing::memory(1 << 20));
     let (mut device, mut guest) = (device(&image), Guest::new(&mem));
-    let limits = json!({"ops": {"size": 2, "refill_time": 3_600_000}, "bandwidth": {"size": 1, "refill_time": 3_600_000}});
-    let patch = json!({"drive_id": "data", "rate_limiter": limits});
+    let patch = json!({"drive_id": "data", "rate_limiter": limiter});
     let mut io = testing::io(&mem, &mut guest.queues, &guest.recorder, guest.features);
-    device.update(patch, &mut io)?;
-    for _ in 0..2 {
-        assert_eq!(send(&mut guest, &mut device, DISCARD, &segment(0, 2, 0)), OK);
+    device.update(patch, &mut io).unwrap();
+    guest.header(HEADER, kind, 0);
+    guest.fill(DATA, data);
+    for _ in 0..4 {
+        guest
+            .driver
+            .offer(&[readable(HEADER, 16), readable(DATA, 16), writable(STATUS, 1)]);
     }
-    guest
-        .driver
-        .offer(&[readable(HEADER, 16), readable(DATA, 16), writable(STATUS, 1)]);
     guest.drain(&mut device);
-    assert_eq!(guest.answered(), 0);
     assert_eq!(device.metrics()["rate_limiter_throttled_events"], 1);
-    Ok(())
+    guest.answered()
+}
+
+#[test]
+fn a_discard_counts_as_one_operation_of_no_bytes() {
+    let limits = json!({"ops": {"size": 2, "refill_time": 3_600_000}, "bandwidth": {"size": 1, "refill_time": 3_600_000}});
+    assert_eq!(answered_within(&limits, DISCARD, &segment(0, 2, 0)), 2);
+}
+
+#[test]
+fn zeros_count_as_the_bytes_that_they_fill() {
+    let limits = json!({"bandwidth": {"size": 3072, "refill_time": 3_600_000}});
+    assert_eq!(answered_within(&limits, WRITE_ZEROES, &segment(0, 2, UNMAP)), 3);
 }
 
 fn content_begins_as_it_was(image: &TempFile) -> bool {
