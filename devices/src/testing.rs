@@ -138,7 +138,7 @@ impl LaneHost for Inline {
     fn detach(&self, id: LaneId) -> Box<Lane> {
         self.watch.watched.lock().unwrap().clear();
         let mut lane = self.lanes.lock().unwrap().remove(&id).unwrap();
-        lane.end();
+        lane.reset();
         lane
     }
     fn run(&self, id: LaneId, job: Job) {

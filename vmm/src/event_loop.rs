@@ -215,13 +215,12 @@ impl Worker {
     }
 
     fn attach(&mut self, mut lane: Box<Lane>) -> Number {
-        let id = self.next;
-        // Ids are never used twice, so that an event of a former lane cannot reach a later one.
-        self.next = self
-            .next
-            .checked_add(1)
-            .filter(|next| *next != MESSAGES)
-            .expect("fewer than 2^32 activations");
+        // An id comes again only after all others, so that an event of a former lane cannot reach a later one.
+        let mut id = self.next;
+        while id == MESSAGES || self.lanes.contains_key(&id) {
+            id = id.wrapping_add(1);
+        }
+        self.next = id.wrapping_add(1);
         let mut fds = Vec::new();
         lane.start(&LaneWatch {
             epoll: &self.epoll,
@@ -234,13 +233,13 @@ impl Worker {
 
     fn detach(&mut self, id: Number) -> Box<Lane> {
         let Running { mut lane, fds } = self.lanes.remove(&id).expect("a slot names its own lane");
-        lane.end();
         for fd in fds {
             // A descriptor that the device has closed is gone from the set already.
             let _ = self
                 .epoll
                 .ctl(ControlOperation::Delete, fd, EpollEvent::default());
         }
+        lane.reset();
         lane
     }
 }

@@ -28,7 +28,7 @@ pub type Job = Box<dyn FnOnce(&mut Lane, &dyn Watch) + Send>;
 pub trait LaneHost: Send + Sync {
     /// Hands the lane to a loop, which calls [`Lane::start`] and then feeds it events. Waits until it has started.
     fn attach(&self, lane: Box<Lane>) -> LaneId;
-    /// Takes the lane back; its loop has forgotten all its descriptors.
+    /// Takes the lane back, which has ended; its loop has forgotten all its descriptors and called [`Lane::reset`].
     fn detach(&self, id: LaneId) -> Box<Lane>;
     /// Runs `job` on the lane's loop, soon.
     fn run(&self, id: LaneId, job: Job);
@@ -107,6 +107,10 @@ impl Lane {
 
     /// Finishes what is in flight and holds events back until [`Lane::resume`]; false when that was so already.
     pub fn pause(&mut self, watch: &dyn Watch) -> bool {
+        if self.health.is_broken() {
+            // It has no queue to answer in, but the host may still be at work for it.
+            self.device.end();
+        }
         self.call(watch, |device, io| device.quiesce(io));
         !std::mem::replace(&mut self.paused, true)
     }
@@ -186,15 +190,20 @@ impl Lane {
         queue.is_some_and(|queue| queue.config().ready)
     }
 
-    /// Waits for what could still touch the guest's memory, on the io thread, which may make the system calls for that.
-    /// The loop lets go of the lane next.
+    /// Takes no more events, and waits for what could still touch the guest's memory.
     pub fn end(&mut self) {
+        self.paused = true;
         self.device.end();
     }
 
-    /// Ends the lane: the device goes back to its slot.
-    pub fn into_device(mut self) -> Box<dyn VirtioDevice> {
+    /// Forgets the driver. Called by the loop, which may make the system calls for that, and lets go of the lane next;
+    /// this lane and its siblings have ended before.
+    pub fn reset(&mut self) {
         self.device.reset();
+    }
+
+    /// The device goes back to its slot.
+    pub fn into_device(self) -> Box<dyn VirtioDevice> {
         self.device
     }
 

@@ -269,9 +269,11 @@ pub trait VirtioDevice: Send {
     fn quiesce(&mut self, _io: &mut Io<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
-    /// The driver is gone: waits for what could still touch the guest's memory. Called on the io thread, before `reset`.
+    /// The driver is gone, or the device is broken: waits for what could still touch the guest's memory. Called on the io
+    /// thread.
     fn end(&mut self) {}
-    /// Forgets what it knows of the driver; counters and backend stay. The loop no longer watches anything.
+    /// Forgets what it knows of the driver; counters and backend stay. Called on the io thread when this device and its
+    /// siblings have ended. The loop no longer watches anything.
     fn reset(&mut self) {}
     /// Changes the live device as its own `Patch` says, wholly or not at all.
     fn update(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError>;

@@ -157,9 +157,10 @@ impl VirtioSlot {
     /// Takes the devices back from their loops, when they run.
     pub(super) fn deactivate(&mut self) {
         let Half::Running(lanes) = &self.half else { return };
-        // All loops have let go before anything is forgotten.
-        let lanes: Vec<_> = lanes.iter().map(|id| self.host.detach(*id)).collect();
-        let devices: Devices = lanes.into_iter().map(|lane| lane.into_device()).collect();
+        // All have ended before anything is forgotten.
+        self.on_lanes(lanes, |lane, _| lane.end());
+        let detach = |id: &LaneId| self.host.detach(*id).into_device();
+        let devices: Devices = lanes.iter().map(detach).collect();
         self.config.set(devices[0].config_space());
         self.half = Half::Idle(devices);
     }
