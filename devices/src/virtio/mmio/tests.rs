@@ -182,6 +182,7 @@ fn needs_a_reset_after_an_invalid_queue_size() {
 #[test]
 fn tells_of_a_new_configuration_space() {
     let mut setup = setup();
+    setup.start();
     let generation = setup.get(0xfc);
     setup.device.slot().update(json!("fresh")).unwrap();
     assert_eq!(setup.get(0xfc), generation + 1);
@@ -205,6 +206,7 @@ fn passes_writes_to_the_configuration_space_on() {
 #[test]
 fn counts_its_interrupts() {
     let mut setup = setup();
+    setup.start();
     setup.device.slot().update(json!("fresh")).unwrap();
     let counted = InterruptMetrics {
         triggers: 1,

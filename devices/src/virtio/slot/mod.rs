@@ -310,9 +310,11 @@ impl VirtioSlot {
         };
     }
 
-    /// Changes the device; the driver is told when its configuration space is another one then.
+    /// Changes the device; the driver, if there is one, is told when its configuration space is another one then.
     pub fn update(&mut self, patch: Value) -> Result<(), UpdateError> {
-        if self.change(patch)? {
+        let changed = self.change(patch)?;
+        // Without a driver nobody would end the interrupt, on a pin that devices may share.
+        if changed && self.driver.status & status::DRIVER != 0 {
             self.irq.raise(Vector::Config);
         }
         Ok(())
