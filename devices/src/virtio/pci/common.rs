@@ -75,11 +75,16 @@ pub(super) fn write(slot: &mut VirtioSlot, irq: &PciIrq, offset: u64, data: &[u8
 }
 
 fn set_status(slot: &mut VirtioSlot, irq: &PciIrq, value: u8) {
-    slot.set_status(value);
-    if value == 0 {
-        // The lane is back, so nothing raises any more.
-        irq.reset();
+    match value {
+        0 => reset(slot, irq),
+        _ => slot.set_status(value),
     }
+}
+
+pub(super) fn reset(slot: &mut VirtioSlot, irq: &PciIrq) {
+    slot.reset();
+    // The lane is back, so nothing raises any more.
+    irq.reset();
 }
 
 fn write_u16(slot: &mut VirtioSlot, irq: &PciIrq, offset: u64, value: u16) {

@@ -303,7 +303,12 @@ impl PciFunction for PciVirtio {
     }
 
     fn write_config(&mut self, offset: u16, data: &[u8]) {
+        let was_master = self.config.command() & command::BUS_MASTER != 0;
         self.config.write(offset, data);
+        if was_master && self.config.command() & command::BUS_MASTER == 0 {
+            // A kernel that starts another one takes the bus from devices whose memory the other will use.
+            common::reset(&mut self.slot, &self.irq);
+        }
         self.follow_config();
         if let Some((at, len)) = self.window().filter(|_| self.is_window(offset))
             && let Some(data) = data.get(..len)

@@ -76,6 +76,23 @@ fn forgets_the_driver_with_a_reset_and_starts_again() {
 }
 
 #[test]
+fn is_reset_when_it_may_master_the_bus_no_more() {
+    let guest = Guest::new();
+    guest.start();
+    guest.enable_msix();
+    // Registers and interrupts off and on again touch nothing.
+    guest.write_config(4, &[4, 4]);
+    guest.write_config(4, &[6, 0]);
+    assert_eq!((guest.status(), guest.host.len()), (READY, 1));
+    guest.write_config(4, &[2, 0]);
+    assert_eq!((guest.status(), guest.host.len()), (0, 0));
+    assert_eq!((guest.get(16), guest.get(26)), ([0xff; 2], [0xff; 2]));
+    guest.write_config(4, &[6, 0]);
+    guest.start();
+    assert_eq!(guest.host.len(), 1);
+}
+
+#[test]
 fn shows_that_features_were_refused() {
     let guest = Guest::new();
     guest.set(20, &[NEGOTIATING]);
@@ -112,6 +129,7 @@ fn needs_a_reset_after_an_invalid_queue_size() {
 fn tells_of_a_new_configuration_space() {
     let guest = Guest::new();
     guest.enable_msix();
+    guest.set(20, &[status::ACKNOWLEDGE | status::DRIVER]);
     let [generation] = guest.get(21);
     guest
         .function
