@@ -10,6 +10,8 @@ mod wiring;
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use devices::SharedMemory;
 use devices::acpi::ged::Ged;
@@ -19,6 +21,7 @@ use devices::mmds::Mmds;
 use devices::virtio::mmio::{self, MmioVirtio};
 use devices::virtio::{DeviceKind, LaneHost, Report, Transport, VirtioDevice};
 use serde_json::{Value, json};
+use vmm_sys_util::eventfd::EventFd;
 
 pub use error::{DeviceSetError, WiringError};
 use pci::PciBus;
@@ -66,6 +69,21 @@ impl Attached {
 
     fn is(&self, kind: DeviceKind, id: &str) -> bool {
         self.config.kind() == kind && self.config.id() == id
+    }
+
+    /// Ends a device that the guest no longer reaches. A vCPU may be in the middle of an access to it, or to its `kicks`:
+    /// its thread may not make the system calls by which they end, so it must not be their last owner.
+    fn end(self, kicks: &[Arc<EventFd>]) {
+        wait_for_others(&self.transport);
+        drop(self);
+        kicks.iter().for_each(wait_for_others);
+    }
+}
+
+/// Waits until nobody else owns what `shared` owns. No new owner can come, and those that are there leave soon.
+fn wait_for_others<T: ?Sized>(shared: &Arc<T>) {
+    while Arc::strong_count(shared) > 1 {
+        thread::sleep(Duration::from_micros(50));
     }
 }
 
@@ -145,15 +163,14 @@ impl DeviceSet {
         let Wiring::Pci(bus) = &mut self.wiring else {
             return Vec::new();
         };
-        let ejected = bus.take_ejected();
-        for slot in &ejected {
-            bus.unplug(*slot);
+        let mut gone = Vec::new();
+        for slot in bus.take_ejected() {
+            let kicks = bus.unplug(slot);
+            for device in self.devices.extract_if(.., |device| device.slot == Some(slot)) {
+                gone.push((device.config.kind(), device.config.id().to_owned()));
+                device.end(&kicks);
+            }
         }
-        let gone = |device: &mut Attached| device.slot.is_some_and(|slot| ejected.contains(&slot));
-        let gone = self.devices.extract_if(.., gone);
-        let gone: Vec<_> = gone
-            .map(|device| (device.config.kind(), device.config.id().to_owned()))
-            .collect();
         self.tell_of_memory();
         gone
     }
@@ -161,9 +178,10 @@ impl DeviceSet {
     /// Takes a device away from the guest without asking, and has the guest look.
     pub fn take_away(&mut self, kind: DeviceKind, id: &str) -> Result<(), DeviceSetError> {
         let slot = self.slot_of(kind, id)?;
-        let bus = self.bus()?;
-        bus.take_away(slot);
-        self.devices.retain(|device| !device.is(kind, id));
+        let kicks = self.bus()?.take_away(slot);
+        for device in self.devices.extract_if(.., |device| device.is(kind, id)) {
+            device.end(&kicks);
+        }
         self.tell_of_memory();
         Ok(())
     }

@@ -15,7 +15,7 @@ use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
 use devices::virtio::{Transport, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::wiring::{Bars, Lines, MsiGsis};
+use super::wiring::{Bars, Kicks, Lines, MsiGsis};
 use super::{DeviceSetError, Platform, SharedTransport, WiringError};
 use crate::x86_64::layout;
 
@@ -96,27 +96,30 @@ impl PciBus {
         Ok((slot, function))
     }
 
-    /// Takes out a device that the guest has let go of.
-    pub(super) fn unplug(&mut self, slot: u8) {
-        self.remove(slot);
+    /// Takes out a device that the guest has let go of; gives what vCPUs may still hold of it.
+    pub(super) fn unplug(&mut self, slot: u8) -> Kicks {
+        self.remove(slot).1
     }
 
-    /// Takes out a device that the guest may be using. The guest is asked to let go of it all the same, so that it
-    /// misses it; a check finds only what is new.
-    pub(super) fn take_away(&mut self, slot: u8) {
-        if let Some(at) = self.remove(slot) {
+    /// Takes out a device that the guest may be using; gives what vCPUs may still hold of it. The guest is asked to let go
+    /// of it all the same, so that it misses it; a check finds only what is new.
+    pub(super) fn take_away(&mut self, slot: u8) -> Kicks {
+        let (bar, kicks) = self.remove(slot);
+        if let Some(at) = bar {
             self.bars.bury(at);
         }
         self.hotplug().request(slot);
         self.notify();
+        kicks
     }
 
     /// The guest finds nothing in the slot any more; the device ends with its last owner. Gives where its BAR was.
-    fn remove(&mut self, slot: u8) -> Option<u64> {
+    fn remove(&mut self, slot: u8) -> (Option<u64>, Kicks) {
         self.withdraw(slot);
         let function = self.segment.detach(slot);
-        self.bars.remove(slot);
-        function?.lock().unwrap_or_else(PoisonError::into_inner).bar()
+        let kicks = self.bars.remove(slot);
+        let bar = function.and_then(|function| function.lock().unwrap_or_else(PoisonError::into_inner).bar());
+        (bar, kicks)
     }
 
     /// Has the guest look at the slot, which was filled.

@@ -16,6 +16,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::kvm::{self, KvmError};
 use crate::x86_64::layout;
 
+/// What a write to each queue's notification address signals.
+pub(crate) type Kicks = Vec<Arc<EventFd>>;
+
 /// The BARs of all slots.
 ///
 /// The buses hold the segment, which holds the BARs: a machine would never end if these held the buses.
@@ -28,11 +31,11 @@ pub(crate) struct Bars {
     graves: Mutex<BTreeSet<u64>>,
 }
 
-/// The registers behind a BAR, and what a write to each queue's notification address signals.
+/// The registers behind a BAR, and those for notifications.
 #[derive(Clone)]
 struct Registers {
     device: SharedDevice,
-    kicks: Vec<Arc<EventFd>>,
+    kicks: Kicks,
 }
 
 impl Bars {
@@ -49,15 +52,16 @@ impl Bars {
     }
 
     /// Makes a slot's registers known; they are mapped when the guest enables them.
-    pub(crate) fn add(&self, slot: u8, device: SharedDevice, kicks: Vec<Arc<EventFd>>) {
+    pub(crate) fn add(&self, slot: u8, device: SharedDevice, kicks: Kicks) {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         slots.insert(slot, Registers { device, kicks });
     }
 
-    /// Forgets a slot's registers, which are mapped no more.
-    pub(crate) fn remove(&self, slot: u8) {
+    /// Forgets a slot's registers, which are mapped no more; gives what its notifications signalled.
+    pub(crate) fn remove(&self, slot: u8) -> Kicks {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        slots.remove(&slot);
+        let registers = slots.remove(&slot);
+        registers.map(|registers| registers.kicks).unwrap_or_default()
     }
 
     /// Answers with zeros at `at`, where a BAR was whose device was taken away. A driver that resets its device waits
@@ -153,7 +157,7 @@ impl BusDevice for Grave {
 }
 
 /// The notification ports of a device, for accesses that no ioeventfd takes: reads.
-struct NotifyPorts(Vec<Arc<EventFd>>);
+struct NotifyPorts(Kicks);
 
 impl BusDevice for NotifyPorts {
     fn read(&mut self, _: u64, _: &mut [u8]) {}
