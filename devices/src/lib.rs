@@ -16,6 +16,7 @@ pub mod acpi;
 pub mod bus;
 pub mod catalog;
 pub mod counters;
+pub mod interrupt_line;
 pub mod legacy;
 pub mod memory_host;
 pub mod mmds;

@@ -6,12 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The wire behind an INTx pin. Calls come from any thread; they do not block and take no lock that a caller of a
-/// device could hold.
-pub trait IntxLine: Send + Sync {
-    /// Drives the wire.
-    fn set(&self, asserted: bool);
-}
+use crate::interrupt_line::LevelLine;
 
 /// The ISR status bits are the low byte.
 const ISR: u32 = 0xff;
@@ -23,12 +18,12 @@ const MSIX: u32 = 1 << 9;
 /// Interrupt status and pin.
 pub struct Intx {
     state: AtomicU32,
-    line: Arc<dyn IntxLine>,
+    line: Arc<dyn LevelLine>,
 }
 
 impl Intx {
     /// Nothing pending, and the wire not asserted.
-    pub fn new(line: Arc<dyn IntxLine>) -> Self {
+    pub fn new(line: Arc<dyn LevelLine>) -> Self {
         Self {
             state: AtomicU32::new(0),
             line,
@@ -125,7 +120,7 @@ mod tests {
     #[derive(Default)]
     struct Wire(AtomicBool);
 
-    impl IntxLine for Wire {
+    impl LevelLine for Wire {
         fn set(&self, asserted: bool) {
             self.0.store(asserted, Ordering::SeqCst);
         }

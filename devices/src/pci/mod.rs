@@ -9,6 +9,6 @@ pub mod msix;
 pub mod root;
 
 pub use config_space::ConfigSpace;
-pub use intx::{Intx, IntxLine};
+pub use intx::Intx;
 pub use msix::{MsiMessage, MsiRouter, Msix, MsixVectors};
 pub use root::{BarMapper, ConfigPorts, Ecam, PciError, PciFunction, PciSegment};

@@ -8,8 +8,10 @@ use std::sync::{Arc, Mutex, Weak};
 use arbitrary::Arbitrary;
 use devices::SharedMemory;
 use devices::bus::Bus;
+use devices::interrupt_line::LevelLine;
 use devices::pci::root::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_LEN};
-use devices::pci::{BarMapper, ConfigPorts, Ecam, IntxLine, MsiMessage, MsiRouter, PciFunction, PciSegment};
+use devices::interrupt_line::LevelLine;
+use devices::pci::{BarMapper, ConfigPorts, Ecam, MsiMessage, MsiRouter, PciFunction, PciSegment};
 use devices::testing::Inline;
 use devices::virtio::pci::{BAR_LEN, NOTIFY_OFFSET, PciResources, PciVirtio};
 use devices::virtio::slot::Transport;
@@ -39,7 +41,7 @@ impl MsiRouter for Interrupts {
     }
 }
 
-impl IntxLine for Interrupts {
+impl LevelLine for Interrupts {
     fn set(&self, _: bool) {}
 }
 

@@ -8,8 +8,8 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use devices::bus::{Bus, BusDevice, SharedDevice};
-use devices::pci::{BarMapper, IntxLine, MsiMessage, MsiRouter};
-use devices::virtio::mmio::EdgeLine;
+use devices::interrupt_line::{EdgeLine, LevelLine};
+use devices::pci::{BarMapper, MsiMessage, MsiRouter};
 use devices::virtio::pci::{BAR_LEN, PciVirtio};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -254,7 +254,7 @@ impl Lines {
     }
 
     /// The line that pin A of `slot` drives.
-    pub(crate) fn connect(&self, slot: u8) -> Arc<dyn IntxLine> {
+    pub(crate) fn connect(&self, slot: u8) -> Arc<dyn LevelLine> {
         let gsi = layout::pci_intx_gsi(slot);
         let asserted = Arc::clone(&self.lines[usize::from(slot % 8)]);
         Arc::new(Pin {
@@ -266,7 +266,7 @@ impl Lines {
     }
 }
 
-impl IntxLine for Pin {
+impl LevelLine for Pin {
     fn set(&self, asserted: bool) {
         let mut slots = self.asserted.lock().unwrap_or_else(PoisonError::into_inner);
         let before = *slots != 0;

@@ -20,12 +20,7 @@ use super::slot::{SlotState, Transport, VirtioSlot};
 use super::{InterruptMetrics, Irq, LaneHost, StateError, Vector, VirtioDevice};
 use crate::SharedMemory;
 use crate::bus::BusDevice;
-
-/// The edge-triggered interrupt line of a device.
-pub trait EdgeLine: Send + Sync {
-    /// Raises the line and lowers it. Calls come from any thread; a call that overlaps another has an edge of its own.
-    fn pulse(&self);
-}
+use crate::interrupt_line::EdgeLine;
 
 /// Bytes of the register range.
 pub const RANGE_LEN: u64 = 0x1000;

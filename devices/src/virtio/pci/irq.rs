@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use crate::pci::{Intx, IntxLine, MsixVectors};
+use crate::interrupt_line::LevelLine;
+use crate::pci::{Intx, MsixVectors};
 use crate::virtio::{Irq, StateError, Vector};
 
 /// The mapping of an event without a vector (virtio 1.2 §4.1.5.1.2).
@@ -58,7 +59,7 @@ impl Irq for PciIrq {
 
 impl PciIrq {
     /// The interrupts of a function with `queues` queues: a vector for each and one for the configuration.
-    pub(super) fn new(queues: u16, line: Arc<dyn IntxLine>) -> io::Result<Self> {
+    pub(super) fn new(queues: u16, line: Arc<dyn LevelLine>) -> io::Result<Self> {
         let vector_count = queues + 1;
         Ok(Self {
             vectors: Arc::new(MsixVectors::new(vector_count)?),

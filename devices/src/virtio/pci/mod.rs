@@ -25,9 +25,10 @@ use super::slot::{SlotState, Transport, VirtioSlot};
 use super::{DeviceInfo, InterruptMetrics, Irq, LaneHost, StateError, VirtioDevice};
 use crate::SharedMemory;
 use crate::bus::BusDevice;
+use crate::interrupt_line::LevelLine;
+use crate::pci::PciFunction;
 use crate::pci::config_space::{self, ConfigSpace, Identity, command};
 use crate::pci::msix::{self, MsiRouter, Msix};
-use crate::pci::{IntxLine, PciFunction};
 use irq::PciIrq;
 
 /// Bytes of the BAR; its address is a multiple of this.
@@ -71,7 +72,7 @@ pub struct PciResources {
     /// Routes MSI-X vectors.
     pub router: Arc<dyn MsiRouter>,
     /// Drives the INTA pin.
-    pub intx: Arc<dyn IntxLine>,
+    pub intx: Arc<dyn LevelLine>,
 }
 
 /// The saved state of transport, slot and device.

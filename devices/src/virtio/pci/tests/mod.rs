@@ -38,7 +38,7 @@ impl MsiRouter for Router {
 #[derive(Default)]
 struct Wire(AtomicBool);
 
-impl IntxLine for Wire {
+impl LevelLine for Wire {
     fn set(&self, asserted: bool) {
         self.0.store(asserted, Ordering::SeqCst);
     }
@@ -82,7 +82,7 @@ fn parts(memory: &SharedMemory) -> (Arc<Inline>, Arc<Router>, Arc<Wire>, PciVirt
         notify_ports: 0x1000,
         interrupt_line: 10,
         router: Arc::clone(&router) as Arc<dyn MsiRouter>,
-        intx: Arc::clone(&wire) as Arc<dyn IntxLine>,
+        intx: Arc::clone(&wire) as Arc<dyn LevelLine>,
     };
     let lanes = Arc::clone(&host) as Arc<dyn LaneHost>;
     let function = PciVirtio::new(Box::new(Echo::new()), resources, memory.clone(), lanes).unwrap();
