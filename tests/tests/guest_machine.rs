@@ -1,8 +1,9 @@
 //! What a guest finds: processors, memory, tables, clocks, entropy.
 
+use std::net::Ipv4Addr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use mayfly_tests::{Guest, Result, TestVm};
+use mayfly_tests::{Drive, Guest, Net, Pmem, Result, Scratch, Tap, TestVm};
 use serde_json::json;
 
 #[test]
@@ -229,3 +230,50 @@ fn memory_goes_on_above_4_gib_and_is_usable_there() -> Result {
     guest.check("dd if=/dev/zero bs=1M count=32 | tr '\\0' x >/tmp/x && md5sum /tmp/x")?;
     assert_log_is_clean(&guest)
 }
+
+#[test]
+fn every_driver_lets_go_of_its_device_and_takes_it_again() -> Result {
+    let scratch = Scratch::new("drivers")?;
+    let content: Vec<u8> = (0..1 << 20)
+        .map(|n: u32| n.to_le_bytes()[n as usize % 3])
+        .collect();
+    let disk = |id: &str, engine: &str| -> Result<Drive> {
+        let limit = json!({"ops": {"size": 1000, "refill_time": 100}});
+        let image = scratch.file(id, &content)?;
+        Ok(Drive::new(id, image)
+            .with("io_engine", engine)
+            .with("rate_limiter", limit))
+    };
+    let tap = Tap::create("mfdrivers", Ipv4Addr::new(192, 0, 2, 1))?;
+    let vm = TestVm::new("drivers")
+        .mem_mib(256)
+        .drive(disk("sync", "Sync")?)
+        .drive(disk("async", "Async")?)
+        .net(Net::new("eth0", &tap))
+        .pmem(Pmem::new("pmem", scratch.file("pmem", vec![0; 2 << 20])?))
+        .entropy()
+        .memory_hotplug(512)
+        .section("vsock", json!({"guest_cid": 42, "uds_path": scratch.join("v")}))
+        .section(
+            "balloon",
+            json!({"amount_mib": 0, "deflate_on_oom": true, "stats_polling_interval_s": 1}),
+        )
+        .boot()?;
+    let guest = vm.guest();
+    let disks = "cat /dev/vda /dev/vdb | sha256sum";
+    let (read, drivers) = (guest.check(disks)?, guest.check(BOUND)?);
+    assert_eq!(drivers.lines().count(), 8, "{drivers}");
+    guest.check(
+        "cd /sys/bus/virtio/devices
+         for device in *; do
+             driver=$(readlink -f $device/driver)
+             echo $device >$driver/unbind; [ ! -e $device/driver ]; echo $device >$driver/bind
+         done",
+    )?;
+    assert_eq!((guest.check(disks)?, guest.check(BOUND)?), (read, drivers));
+    guest.check("dd if=/dev/hwrng of=/dev/null bs=16 count=1")?;
+    assert_log_is_clean(&guest)
+}
+
+/// Each virtio device of the guest with its driver.
+const BOUND: &str = "cd /sys/bus/virtio/devices; for device in *; do echo $device $(basename $(readlink $device/driver)); done";

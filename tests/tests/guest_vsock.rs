@@ -312,6 +312,19 @@ fn assert_pause(machine: &Machine) -> Result {
     machine.finished()
 }
 
+/// A driver that lets go of the device resets it: what is open ends, and the device can be used again.
+fn assert_the_driver_comes_and_goes(machine: &Machine) -> Result {
+    machine.spawn("listen 5011 1 hold")?;
+    let mut near = machine.connect(5011)?;
+    machine.guest().check(
+        "cd /sys/bus/virtio/drivers/vmw_vsock_virtio_transport; device=$(ls -d virtio*)
+         echo $device >unbind; [ ! -e $device ]; echo $device >bind; [ -e $device ]",
+    )?;
+    stream::hold(&mut near);
+    machine.finished()?;
+    assert_echo(machine)
+}
+
 /// Open connections cost nothing while nothing is sent.
 fn assert_idle(machine: &Machine) -> Result {
     machine.spawn("listen 5009 20 hold")?;
@@ -379,6 +392,7 @@ fn streams_work_both_ways_on_mmio() -> Result {
     assert_echo(&machine)?;
     assert_bulk(&machine, 4 * MIB)?;
     assert_pause(&machine)?;
+    assert_the_driver_comes_and_goes(&machine)?;
     machine.guest().run_last("poweroff")?;
     assert_eq!(machine.vm.wait_exit()?, 0);
     assert!(!machine.scratch.join("v").exists());
