@@ -1,7 +1,7 @@
 //! Requests that are wrong: unknown paths, missing bodies, JSON that is none or of another shape. The wording of these
 //! answers is part of the API.
 
-use mayfly_tests::{Failure, Monitor, MonitorBuilder, Result};
+use mayfly_tests::{Client, Failure, Monitor, MonitorBuilder, Response, Result};
 
 fn monitor() -> Result<Monitor> {
     MonitorBuilder::new("request")?.start()
@@ -187,5 +187,30 @@ fn unknown_fields_of_metrics_are_ignored() -> Result {
     let monitor = monitor()?;
     let body = serde_json::json!({"metrics_path": monitor.dir().join("m"), "later": 1});
     monitor.put("/metrics", &body)?.success()?;
+    Ok(())
+}
+
+/// Requests of two clients meet in the queue to the control thread, whose implementation may give its processor away.
+#[test]
+fn requests_of_two_clients_may_meet() -> Result {
+    let monitor = monitor()?;
+    let socket = monitor.socket();
+    let clients = [(); 2].map(|()| {
+        let socket = socket.clone();
+        std::thread::spawn(move || -> std::result::Result<(), String> {
+            let mut client = Client::connect(&socket).map_err(|failure| failure.to_string())?;
+            for _ in 0..20_000 {
+                let answer = client.request("GET", "/", "");
+                answer
+                    .and_then(Response::success)
+                    .map_err(|failure| failure.to_string())?;
+            }
+            Ok(())
+        })
+    });
+    for client in clients {
+        let end = client.join().map_err(|_| Failure::new("a client panicked"))?;
+        end.map_err(|failure| monitor.failure(&failure))?;
+    }
     Ok(())
 }

@@ -120,6 +120,14 @@ fn no_thread_starts_programs_or_processes_or_reaches_others() {
 }
 
 #[test]
+fn every_thread_may_wait_for_another() {
+    let (futex, sched_yield) = (libc::SYS_futex, libc::SYS_sched_yield);
+    for thread in THREADS {
+        assert_verdicts(thread, &[(futex, &[0, 128]), (sched_yield, &[])], ALLOW);
+    }
+}
+
+#[test]
 fn no_thread_makes_code() {
     let (private, fixed) = (0x22, 0x32);
     for thread in THREADS {
