@@ -84,6 +84,14 @@ impl TinyKernel {
         ])
     }
 
+    /// Lets go of all PCI slots, for ever.
+    pub fn eject(self) -> Self {
+        // mov edx, 0x618 (the register of slots let go of); mov eax, -2; again: out dx, eax; jmp again
+        self.emit(&[
+            0xba, 0x18, 0x06, 0, 0, 0xb8, 0xfe, 0xff, 0xff, 0xff, 0xef, 0xeb, 0xfd,
+        ])
+    }
+
     /// Writes 32 bits to an address, in protected mode.
     pub fn store(self, address: u32, value: u32) -> Self {
         // mov dword [address], value

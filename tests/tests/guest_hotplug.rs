@@ -97,7 +97,13 @@ fn assert_a_disk_can_be_taken_away(vm: &Vm, scratch: &Scratch) -> Result {
     // The guest is well, and its next disk may come to the same place.
     put(vm, "drives", "next", &drive("next", &image))?;
     guest.disk("next")?;
-    delete(vm, "/drives/next", r#"{"timeout_ms": 20000}"#)
+    // It does at once when the guest hears of both together: the old one goes first.
+    vm.pause()?;
+    delete(vm, "/drives/next", r#"{"force": true}"#)?;
+    put(vm, "drives", "last", &drive("last", &image))?;
+    vm.resume()?;
+    guest.disk("last")?;
+    delete(vm, "/drives/last", r#"{"timeout_ms": 20000}"#)
 }
 
 #[test]

@@ -13,11 +13,18 @@ struct Machine {
 }
 
 fn machine(name: &str, customize: impl FnOnce(TestVm, &Scratch) -> Result<TestVm>) -> Result<Machine> {
+    machine_of(name, &TinyKernel::new().print("up\n").halt(), customize)
+}
+
+fn machine_of(
+    name: &str,
+    kernel: &TinyKernel,
+    customize: impl FnOnce(TestVm, &Scratch) -> Result<TestVm>,
+) -> Result<Machine> {
     let scratch = Scratch::new(name)?;
     for image in ["disk", "hot", "keep", "second"] {
         zeros(&scratch.join(image), 1 << 20)?;
     }
-    let kernel = TinyKernel::new().print("up\n").halt();
     let vm = TestVm::new(name).kernel(kernel.write(&scratch)?);
     let vm = customize(vm, &scratch)?.start()?;
     assert!(vm.console().wait_for("up", Instant::now() + HOST_TIMEOUT));
@@ -94,6 +101,21 @@ fn the_api_serves_others_while_a_guest_is_asked() -> Result {
     machine.vm.get("/")?.success()?;
     machine.delete("hot", r#"{"force": true}"#)?.success()?;
     assert_eq!(waiting.receive()?.status, 204);
+    Ok(())
+}
+
+/// The control thread once waited for a timer that it had stopped itself.
+#[test]
+fn a_guest_may_let_go_just_when_its_time_is_over() -> Result {
+    let kernel = TinyKernel::new().print("up\n").eject();
+    let machine = machine_of("hotplug-meet", &kernel, |vm, _| Ok(vm))?;
+    for _ in 0..300 {
+        machine.put("hot")?.success()?;
+        if machine.delete("hot", r#"{"timeout_ms": 1}"#)?.status != 204 {
+            machine.delete("hot", r#"{"force": true}"#)?.success()?;
+        }
+    }
+    assert_eq!(machine.drives()?, json!([]));
     Ok(())
 }
 

@@ -45,3 +45,19 @@ fn a_halted_guest_with_every_device_wakes_no_thread_of_the_monitor() -> Result {
     assert_eq!(after, before);
     Ok(())
 }
+
+#[test]
+fn input_that_the_guest_leaves_unread_costs_nothing_when_its_pipe_is_closed() -> Result {
+    let scratch = Scratch::new("idle-input")?;
+    let kernel = TinyKernel::new().print("up\n").halt().write(&scratch)?;
+    let vm = TestVm::new("idle-input").kernel(kernel).start()?;
+    assert!(vm.console().wait_for("up\n", Instant::now() + HOST_TIMEOUT));
+    // More than the serial port holds.
+    vm.type_in(&[b'x'; 300])?;
+    vm.close_stdin();
+    std::thread::sleep(Duration::from_millis(200));
+    let before = vm.control_ticks()?;
+    std::thread::sleep(QUIET);
+    assert_eq!(vm.control_ticks()?, before);
+    Ok(())
+}

@@ -1,5 +1,8 @@
 //! The life of a machine whose guest is a few instructions: it runs on any `/dev/kvm`, however slow.
 
+use std::fs::File;
+use std::io::PipeReader;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use mayfly_tests::{HOST_TIMEOUT, Monitor, Result, Scratch, TestVm, TinyKernel, Vm, wait_until};
@@ -345,5 +348,44 @@ fn the_answer_of_vm_config_is_a_config_file_of_the_same_machine() -> Result {
         state(&again).is_ok_and(|state| state == "Running")
     })?;
     assert_eq!(again.get("/vm/config")?.body, config);
+    Ok(())
+}
+
+/// A machine whose guest prints for ever, with standard output full.
+fn with_unread_output(name: &str) -> Result<(Vm, PipeReader, Scratch)> {
+    let (unread, output) = std::io::pipe()?;
+    // SAFETY: needed as std cannot make a pipe smaller. The descriptor is open, and no memory is involved.
+    let size = unsafe { libc::fcntl(output.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
+    let (vm, scratch) = machine(name, &TinyKernel::new().dots())?;
+    let vm = vm.inherit(File::from(OwnedFd::from(output)), 1).start()?;
+    wait_until("a full pipe", HOST_TIMEOUT, || {
+        let mut waiting = 0;
+        // SAFETY: needed as std cannot ask. The call writes an integer, which outlives it.
+        unsafe { libc::ioctl(unread.as_raw_fd(), libc::FIONREAD, &raw mut waiting) };
+        waiting == size
+    })?;
+    Ok((vm, unread, scratch))
+}
+
+#[test]
+fn output_that_nobody_reads_holds_no_request_up() -> Result {
+    let (vm, _unread, _scratch) = with_unread_output("unread")?;
+    vm.get("/metrics")?.success()?;
+    vm.type_in(b"x")?;
+    for _ in 0..3 {
+        vm.pause()?;
+        vm.resume()?;
+    }
+    assert_eq!(state(&vm)?, "Running");
+    vm.signal(libc::SIGTERM)?;
+    assert_eq!(vm.wait_exit()?, -libc::SIGTERM);
+    Ok(())
+}
+
+#[test]
+fn the_first_start_is_no_pause_that_the_guest_has_to_know_of() -> Result {
+    let (vm, _scratch) = machine("fresh", &TinyKernel::new().print("up\n").halt())?;
+    let vm = started(vm.vcpus(2), "up\n")?;
+    assert_eq!(vm.counted("vcpu", "kvmclock_ctrl_fails")?, 0);
     Ok(())
 }

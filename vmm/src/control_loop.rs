@@ -23,6 +23,8 @@ use crate::vcpu::Ended;
 
 /// How often a metrics line is due.
 const METRICS_PERIOD: Duration = Duration::from_secs(60);
+/// How long input waits when a vCPU is at the serial port.
+const CONSOLE_RETRY_MS: i32 = 1;
 
 /// An action on its way to the control thread, with the way back.
 pub struct Request {
@@ -101,6 +103,10 @@ pub struct ControlLoop {
     stdin: Option<File>,
     /// Input that the serial port had no room for.
     unread: Vec<u8>,
+    /// While there is some of it, standard input is not watched.
+    stdin_rests: bool,
+    /// The serial port could not be reached, so that input is offered again soon.
+    console_busy: bool,
 }
 
 impl ControlLoop {
@@ -124,6 +130,8 @@ impl ControlLoop {
             unplugs: Unplugs::new()?,
             stdin: None,
             unread: Vec::new(),
+            stdin_rests: false,
+            console_busy: false,
         };
         this.watch(this.wake.as_raw_fd(), Source::Requests)?;
         this.watch(this.termination.as_raw_fd(), Source::Signal)?;
@@ -142,11 +150,15 @@ impl ControlLoop {
         let mut events = [EpollEvent::default(); 8];
         loop {
             self.follow_up()?;
-            let count = match self.epoll.wait(-1, &mut events) {
+            let timeout = if self.console_busy { CONSOLE_RETRY_MS } else { -1 };
+            let count = match self.epoll.wait(timeout, &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(error),
             };
+            if self.console_busy {
+                self.feed_console();
+            }
             for event in &events[..count] {
                 let source = SOURCES.into_iter().find(|source| *source as u64 == event.data());
                 if let Some(exit) = source.and_then(|source| self.on_event(source)) {
@@ -177,10 +189,7 @@ impl ControlLoop {
                 let _ = self.timer.wait();
                 self.write_metrics();
             }
-            Source::Ejection => {
-                let gone = self.controller.take_ejected();
-                self.answer_unplugs(&gone);
-            }
+            Source::Ejection => self.answer_ejected(),
             Source::UnplugTimer => self.expire_unplugs(),
         }
         None
@@ -222,7 +231,15 @@ impl ControlLoop {
         }
     }
 
+    /// Answers all who wait for what the guest has let go of.
+    fn answer_ejected(&mut self) {
+        let gone = self.controller.take_ejected();
+        self.answer_unplugs(&gone);
+    }
+
     fn expire_unplugs(&mut self) {
+        // What the guest has let go of at the last moment was in time.
+        self.answer_ejected();
         for (unplug, call) in self.unplugs.expired() {
             api::answer(call, self.controller.expire(&unplug));
         }
@@ -296,21 +313,20 @@ impl ControlLoop {
 
     /// Gives the serial port what it has room for; standard input rests until it has taken everything.
     fn feed_console(&mut self) {
-        let had_rest = !self.unread.is_empty();
-        if let Some(vm) = self.controller.running() {
-            let taken = vm.console_input(&self.unread);
-            self.unread.drain(..taken);
-        }
-        let events = if self.unread.is_empty() {
-            EventSet::IN
-        } else {
-            EventSet::empty()
+        let Some(vm) = self.controller.running() else {
+            return;
         };
-        if had_rest {
-            // Fails only when standard input is not watched, and then there is nothing to let rest.
-            let event = EpollEvent::new(events, Source::Console as u64);
-            let _ = self.epoll.ctl(ControlOperation::Modify, 0, event);
+        let taken = vm.console_input(&self.unread);
+        self.console_busy = taken.is_none();
+        self.unread.drain(..taken.unwrap_or(0));
+        match (self.unread.is_empty(), self.stdin_rests) {
+            // Watched for nothing, a pipe would still be told of when its other end is closed.
+            (false, false) => self.unwatch_console(),
+            // It was watched before, so it can be.
+            (true, true) => drop(self.watch(0, Source::Console)),
+            _ => {}
         }
+        self.stdin_rests = !self.unread.is_empty();
     }
 
     fn unwatch_console(&self) {

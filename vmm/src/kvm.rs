@@ -335,16 +335,18 @@ impl Vm {
     /// Sends `gsi` as `message` from now on. The kernel takes the whole table each time, so call it only for news.
     pub fn route_msi(&self, gsi: u32, message: MsiMessage) -> Result<(), KvmError> {
         let mut routes = self.lock_routes();
-        routes.msi.insert(gsi, Some(message));
+        let before = routes.msi.insert(gsi, Some(message));
         let messages = routes
             .msi
             .iter()
             .filter_map(|(gsi, message)| message.map(|m| msi_route(*gsi, m)));
         let entries: Vec<_> = irqchip_routes().chain(messages).collect();
         let table = KvmIrqRouting::from_entries(&entries).expect("the count of GSIs bounds the table");
-        self.fd
-            .set_gsi_routing(&table)
-            .map_err(failed("route interrupts"))
+        self.fd.set_gsi_routing(&table).map_err(|error| {
+            // The next table must not have what this one was refused for.
+            routes.msi.insert(gsi, before.flatten());
+            failed("route interrupts")(error)
+        })
     }
 
     /// The guest's kvmclock, in nanoseconds.

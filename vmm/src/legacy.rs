@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use devices::acpi::ged::{self, Ged};
 use devices::bus::{Bus, BusError, SharedDevice};
@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::SerialConfig;
+use crate::interrupt_lines::Level;
 use crate::kvm::{self, KvmError};
 use crate::metrics::add_to_sum;
 use crate::x86_64::layout;
@@ -44,18 +45,19 @@ pub enum LegacyError {
 /// The devices, as the control thread holds them.
 pub struct Legacy {
     serial: Arc<Mutex<Serial>>,
+    uart: Arc<serial::Counters>,
     i8042: Arc<Mutex<I8042>>,
     ged: Arc<Mutex<Ged>>,
     /// Kept for the descriptor that the control thread waits for.
     reset: EventFd,
     power_off: EventFd,
-    room: RawFd,
+    room: EventFd,
     on_stdio: bool,
 }
 
 impl Legacy {
     /// Makes the devices and puts them on the bus.
-    pub fn new(vm: &kvm::Vm, pio: &Bus, config: Option<&SerialConfig>) -> Result<Self, LegacyError> {
+    pub fn new(vm: &Arc<kvm::Vm>, pio: &Bus, config: Option<&SerialConfig>) -> Result<Self, LegacyError> {
         let path = config.and_then(|config| config.serial_out_path.as_ref());
         let output = match path {
             Some(path) => crate::logger::open_sink(path).map_err(|source| {
@@ -70,9 +72,10 @@ impl Legacy {
         if let Some(bucket) = config.and_then(|config| config.rate_limiter.as_ref()) {
             serial.limit(bucket, Box::new(HostClock));
         }
-        let room = serial.room().as_raw_fd();
+        let (room, uart) = (clone(serial.room())?, serial.counters());
         let i8042 = I8042::new(clone(&reset)?, irq(vm, layout::I8042_GSI)?);
-        let ged = Ged::new(irq(vm, layout::GED_GSI)?, clone(&power_off)?);
+        let line = Level::new(Arc::clone(vm), layout::GED_GSI);
+        let ged = Ged::new(Box::new(line), clone(&power_off)?);
 
         let (serial, i8042) = (Arc::new(Mutex::new(serial)), Arc::new(Mutex::new(i8042)));
         let ged = Arc::new(Mutex::new(ged));
@@ -83,6 +86,7 @@ impl Legacy {
         pio.insert(layout::GED_PORT.into(), ged::PORTS, ged.clone())?;
         Ok(Self {
             serial,
+            uart,
             i8042,
             ged,
             reset,
@@ -104,7 +108,7 @@ impl Legacy {
 
     /// Signalled when the serial port can take input again.
     pub fn console_room_event(&self) -> RawFd {
-        self.room
+        self.room.as_raw_fd()
     }
 
     /// Whether the console is this process's standard input and output.
@@ -112,12 +116,17 @@ impl Legacy {
         self.on_stdio
     }
 
-    /// Gives input to the serial port; returns how many bytes it took.
-    pub fn console_input(&self, bytes: &[u8]) -> usize {
-        let mut serial = lock(&self.serial);
+    /// Gives input to the serial port; returns how many bytes it took. None when a vCPU is at the port, maybe for long: it
+    /// waits while standard output takes nothing.
+    pub fn console_input(&self, bytes: &[u8]) -> Option<usize> {
         // Whatever room was offered is used now; the descriptor must not stay readable. Fails only when it is not.
-        let _ = serial.room().read();
-        serial.enqueue(bytes)
+        let _ = self.room.read();
+        let mut serial = match self.serial.try_lock() {
+            Ok(serial) => serial,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(serial.enqueue(bytes))
     }
 
     /// Presses Ctrl-Alt-Del on the guest's keyboard.
@@ -131,13 +140,13 @@ impl Legacy {
     }
 
     /// Presses the guest's power button.
-    pub fn power_button(&self) -> io::Result<()> {
-        lock(&self.ged).raise(ged::Event::PowerButton)
+    pub fn power_button(&self) {
+        lock(&self.ged).raise(ged::Event::PowerButton);
     }
 
     /// Adds the devices' counters to a metrics line.
     pub fn collect_metrics(&self, line: &mut Map<String, Value>) {
-        let groups = json!({"uart": lock(&self.serial).metrics(), "i8042": lock(&self.i8042).metrics()});
+        let groups = json!({"uart": self.uart.metrics(), "i8042": lock(&self.i8042).metrics()});
         add_to_sum(line, &groups);
     }
 }

@@ -16,6 +16,7 @@ pub mod device_set;
 pub mod error;
 pub mod event_loop;
 pub mod events;
+mod interrupt_lines;
 pub mod kvm;
 pub mod landlock;
 pub mod legacy;

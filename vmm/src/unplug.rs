@@ -103,8 +103,6 @@ impl Unplugs {
 
     /// The requests whose time is over.
     pub fn expired(&mut self) -> Vec<(Unplug, Call)> {
-        // It has rung, else nobody would ask.
-        let _ = self.timer.wait();
         let now = Instant::now();
         let expired = self.waiting.extract_if(.., |(unplug, _)| unplug.deadline <= now);
         let expired = expired.collect();
@@ -112,6 +110,7 @@ impl Unplugs {
         expired
     }
 
+    /// Sets the timer anew, by which it has not rung: nobody reads it, as that would block when it was set meanwhile.
     fn set_timer(&mut self) {
         let next = self.waiting.iter().map(|(unplug, _)| unplug.deadline).min();
         let set = match next {

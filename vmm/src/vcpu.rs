@@ -8,6 +8,7 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use devices::bus::Bus;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -18,6 +19,9 @@ use crate::logger::{self, FATAL};
 use crate::metrics::VcpuMetrics;
 use crate::seccomp::{self, Filters};
 use crate::x86_64::tsc;
+
+/// How often a vCPU is kicked that does not park.
+const KICK_PERIOD: Duration = Duration::from_millis(10);
 
 /// Why a vCPU stopped the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +64,7 @@ struct Gate {
 
 #[derive(Default)]
 struct GateState {
+    /// It runs no guest code, and will not before the next wish.
     parked: bool,
     /// TSC ticks to take back when the vCPU runs again, so that the guest's clock does not see the pause.
     hidden_ticks: u64,
@@ -115,15 +120,29 @@ impl VcpuHandle {
         self.wish(Wish::Pause, 0);
     }
 
-    /// Waits until the vCPU is parked.
+    /// Waits until the vCPU is parked, after it was asked.
     pub fn wait_parked(&self) {
-        let state = self.gate.lock();
-        drop(
-            self.gate
+        let mut state = self.gate.lock();
+        while !state.parked {
+            state = self
+                .gate
                 .changed
-                .wait_while(state, |state| !state.parked)
-                .unwrap_or_else(PoisonError::into_inner),
-        );
+                .wait_timeout(state, KICK_PERIOD)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            if !state.parked {
+                self.kick();
+            }
+        }
+    }
+
+    /// Has the vCPU leave guest code, or a write of the console that nobody reads. A kick that comes just before that
+    /// write begins is lost.
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            self.exit.set();
+            kvm::kick_thread(thread.as_pthread_t());
+        }
     }
 
     /// Lets the vCPU run; `hidden_ticks` host TSC ticks have not happened for the guest.
@@ -137,11 +156,8 @@ impl VcpuHandle {
         state.hidden_ticks += hidden_ticks;
         drop(state);
         self.gate.changed.notify_all();
-        if wish != Wish::Run
-            && let Some(thread) = &self.thread
-        {
-            self.exit.set();
-            kvm::kick_thread(thread.as_pthread_t());
+        if wish != Wish::Run {
+            self.kick();
         }
     }
 }
@@ -149,6 +165,7 @@ impl VcpuHandle {
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
         self.wish(Wish::End, 0);
+        self.wait_parked();
         if let Some(thread) = self.thread.take() {
             // A panic in the thread has ended the process already.
             drop(thread.join());
@@ -180,6 +197,7 @@ struct Runner {
 
 impl Runner {
     fn work(mut self) -> VcpuFd {
+        self.wait();
         loop {
             match self.gate.wish() {
                 Wish::Run => {}
@@ -188,7 +206,7 @@ impl Runner {
                     // The next wish may have come, and its kick been lost, before the flag was cleared.
                     continue;
                 }
-                Wish::End => return self.vcpu,
+                Wish::End => break,
             }
             if let Some(ended) = self.run() {
                 *self.shared.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(ended);
@@ -197,14 +215,22 @@ impl Runner {
                 self.park_ended();
             }
         }
+        self.gate.lock().parked = true;
+        self.gate.changed.notify_all();
+        self.vcpu
     }
 
-    /// Waits until the wish is another one than to pause.
+    /// Leaves the guest alone, which has run, until the wish is another one than to pause.
     fn park(&mut self) {
         // The guest must not take the pause for a soft lockup. Guests without kvmclock refuse this, rightly.
         if self.vcpu.kvmclock_ctrl().is_err() {
             self.metrics.kvmclock_ctrl_fails.add(1);
         }
+        self.wait();
+    }
+
+    /// Waits until the wish is another one than to pause.
+    fn wait(&mut self) {
         let gate = Arc::clone(&self.gate);
         let mut state = gate.lock();
         state.parked = true;
@@ -223,17 +249,16 @@ impl Runner {
 
     /// Waits to be joined, answering pauses, after this vCPU has ended the machine.
     fn park_ended(&mut self) {
-        while self.gate.wish() != Wish::End {
-            let mut state = self.gate.lock();
-            state.parked = true;
-            self.gate.changed.notify_all();
-            drop(
-                self.gate
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner),
-            );
-        }
+        let mut state = self.gate.lock();
+        state.parked = true;
+        self.gate.changed.notify_all();
+        let waiting = |_: &mut GateState| self.gate.wish() != Wish::End;
+        drop(
+            self.gate
+                .changed
+                .wait_while(state, waiting)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
     }
 
     /// Sets the guest's TSC back by `ticks`. Kernels before 5.16 cannot; there the TSC goes on during a pause.

@@ -274,8 +274,11 @@ impl Vm {
         }
         self.vcpus.iter().for_each(VcpuHandle::pause);
         self.vcpus.iter().for_each(VcpuHandle::wait_parked);
+        let kvmclock = self.kvm.clock().inspect_err(|_| {
+            self.vcpus.iter().for_each(|vcpu| vcpu.resume(0));
+        })?;
         self.pause = Some(Pause {
-            kvmclock: self.kvm.clock()?,
+            kvmclock,
             host_tsc: tsc(),
         });
         self.devices.pause();
@@ -375,15 +378,12 @@ impl Vm {
     }
 
     /// Presses the guest's power button.
-    pub fn press_power_button(&mut self) -> Result<(), VmError> {
-        self.legacy.power_button().map_err(|source| VmError::Host {
-            op: "press the power button",
-            source,
-        })
+    pub fn press_power_button(&mut self) {
+        self.legacy.power_button();
     }
 
-    /// Gives input to the guest's console; returns how many bytes it took.
-    pub fn console_input(&self, bytes: &[u8]) -> usize {
+    /// Gives input to the guest's console; returns how many bytes it took, and none when it is to be tried again soon.
+    pub fn console_input(&self, bytes: &[u8]) -> Option<usize> {
         self.legacy.console_input(bytes)
     }
 

@@ -7,14 +7,14 @@
 //! | 5 | sleep status (ACPI 6.5 §4.8.3.7) | `WAK_STS`, write 1 to clear |
 //!
 //! The control thread raises events; the interrupt makes the guest's `_EVT` method read the pending
-//! events and notify the objects concerned. The bus calls the registers on vCPU threads.
-
-use std::io;
+//! events and notify the objects concerned. Its line is asserted while events are pending, so that a guest which was
+//! not listening when one came learns of it when it does. The bus calls the registers on vCPU threads.
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::interrupt_line::LevelLine;
 use crate::legacy::{InvalidState, read_bytes, write_bytes};
 
 /// Size of the register window, in ports.
@@ -79,14 +79,13 @@ pub struct State {
 pub struct Ged {
     state: State,
     metrics: Metrics,
-    irq: EventFd,
+    line: Box<dyn LevelLine>,
     poweroff: EventFd,
 }
 
 impl Ged {
-    /// Makes a device with nothing pending. It writes `irq` for its interrupt (edge-triggered) and
-    /// `poweroff` when the guest enters S5.
-    pub fn new(irq: EventFd, poweroff: EventFd) -> Self {
+    /// Makes a device with nothing pending. It drives `line`, and writes `poweroff` when the guest enters S5.
+    pub fn new(line: Box<dyn LevelLine>, poweroff: EventFd) -> Self {
         let state = State {
             pending: 0,
             sleep_control: 0,
@@ -95,19 +94,16 @@ impl Ged {
         Self {
             state,
             metrics: Metrics::default(),
-            irq,
+            line,
             poweroff,
         }
     }
 
     /// Tells the guest of `event`.
-    ///
-    /// # Errors
-    /// Fails when the interrupt cannot be raised; the event stays pending.
-    pub fn raise(&mut self, event: Event) -> io::Result<()> {
+    pub fn raise(&mut self, event: Event) {
         self.metrics.event_count += 1;
         self.state.pending |= event.bit();
-        self.irq.write(1)
+        self.line.set(true);
     }
 
     /// The counters.
@@ -120,7 +116,7 @@ impl Ged {
         self.state.clone()
     }
 
-    /// Takes over a saved state and raises the interrupt again if events were pending.
+    /// Takes over a saved state, and asserts the line if events were pending.
     ///
     /// # Errors
     /// Fails, and changes nothing, when `state` is not one that the device can be in.
@@ -132,9 +128,7 @@ impl Ged {
         let status = state.sleep_status;
         check(status & !WAKE_STATUS == 0, "sleep_status", status.into())?;
         self.state = state;
-        if self.state.pending != 0 && self.irq.write(1).is_err() {
-            self.metrics.error_count += 1;
-        }
+        self.line.set(self.state.pending != 0);
         Ok(())
     }
 
@@ -146,6 +140,9 @@ impl Ged {
             .and_then(|lane| lanes.get_mut(lane))
             .map(std::mem::take);
         self.state.pending = u32::from_le_bytes(lanes);
+        if self.state.pending == 0 {
+            self.line.set(false);
+        }
         taken.unwrap_or(0)
     }
 

@@ -9,9 +9,9 @@
 //! `std::io::Stdout`, which adds a lock and a buffer for nothing).
 //!
 //! A failing output is counted and never stops the guest. Blocking is up to the output: a stdout pipe
-//! that nobody reads holds the writing vCPU until somebody does, like a terminal stopped by Ctrl-S, and
-//! with it whoever waits for this device's lock. A file opened with `O_NONBLOCK` loses the bytes that do
-//! not fit instead. [`Serial::limit`] bounds the bytes written; those beyond the limit are dropped and counted.
+//! that nobody reads holds the writing vCPU until somebody does, like a terminal stopped by Ctrl-S, or
+//! until a signal comes, which costs the byte. Who must not wait for this device's lock meanwhile has the
+//! [`Counters`]. A file opened with `O_NONBLOCK` loses the bytes that do not fit instead. [`Serial::limit`] bounds the bytes written; those beyond the limit are dropped and counted.
 
 mod limit;
 
@@ -110,8 +110,44 @@ pub struct Serial {
     loopback: bool,
     /// Received data interrupts.
     receives: bool,
-    missed_reads: u64,
-    missed_writes: u64,
+}
+
+/// The counters of a port, which it goes on counting in.
+#[derive(Default)]
+pub struct Counters {
+    errors: AtomicU64,
+    bytes_read: AtomicU64,
+    /// What the register model takes for written: with what was dropped.
+    bytes_written: AtomicU64,
+    bytes_dropped: AtomicU64,
+    reads_missed: AtomicU64,
+    /// With the bytes that the output did not take.
+    writes_missed: AtomicU64,
+}
+
+impl Counters {
+    /// Their values.
+    pub fn metrics(&self) -> Metrics {
+        let dropped = get(&self.bytes_dropped);
+        let written = get(&self.bytes_written).saturating_sub(dropped);
+        Metrics {
+            error_count: get(&self.errors),
+            flush_count: written,
+            missed_read_count: get(&self.reads_missed),
+            missed_write_count: get(&self.writes_missed),
+            read_count: get(&self.bytes_read),
+            write_count: written,
+            rate_limiter_dropped_bytes: dropped,
+        }
+    }
+}
+
+fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
 }
 
 /// What the register model calls back: the interrupt, the host's wait for room and the counters.
@@ -120,10 +156,7 @@ struct Host {
     irq: EventFd,
     room: EventFd,
     awaits_room: AtomicBool,
-    errors: AtomicU64,
-    bytes_read: AtomicU64,
-    bytes_written: AtomicU64,
-    bytes_lost: AtomicU64,
+    counters: Arc<Counters>,
 }
 
 /// The interrupt line. It cannot fail for the model, so that a restore cannot fail half-way.
@@ -142,15 +175,15 @@ impl Trigger for Interrupt {
 
 impl SerialEvents for Host {
     fn buffer_read(&self) {
-        self.bytes_read.fetch_add(1, Ordering::Relaxed);
+        add(&self.counters.bytes_read, 1);
     }
 
     fn out_byte(&self) {
-        self.bytes_written.fetch_add(1, Ordering::Relaxed);
+        add(&self.counters.bytes_written, 1);
     }
 
     fn tx_lost_byte(&self) {
-        self.bytes_lost.fetch_add(1, Ordering::Relaxed);
+        add(&self.counters.writes_missed, 1);
     }
 
     fn in_buffer_empty(&self) {
@@ -167,7 +200,7 @@ impl Host {
     }
 
     fn count_error(&self, action: &str, error: &io::Error) {
-        if self.errors.fetch_add(1, Ordering::Relaxed) == 0 {
+        if self.counters.errors.fetch_add(1, Ordering::Relaxed) == 0 {
             log::warn!("serial port: failed to {action}: {error}; further failures are only counted");
         }
     }
@@ -183,18 +216,14 @@ impl Serial {
             irq,
             room: EventFd::new(EFD_NONBLOCK)?,
             awaits_room: AtomicBool::new(false),
-            errors: AtomicU64::new(0),
-            bytes_read: AtomicU64::new(0),
-            bytes_written: AtomicU64::new(0),
-            bytes_lost: AtomicU64::new(0),
+            counters: Arc::default(),
         });
+        let out = Limited::new(out, Arc::clone(&host.counters));
         Ok(Self {
-            uart: Uart::with_events(Interrupt(host.clone()), host.clone(), Limited::new(out)),
+            uart: Uart::with_events(Interrupt(host.clone()), host.clone(), out),
             host,
             loopback: false,
             receives: false,
-            missed_reads: 0,
-            missed_writes: 0,
         })
     }
 
@@ -233,19 +262,8 @@ impl Serial {
     }
 
     /// The counters.
-    pub fn metrics(&self) -> Metrics {
-        let dropped = self.uart.writer().dropped;
-        // The model takes what was dropped for written.
-        let written = self.host.bytes_written.load(Ordering::Relaxed) - dropped;
-        Metrics {
-            error_count: self.host.errors.load(Ordering::Relaxed),
-            flush_count: written,
-            missed_read_count: self.missed_reads,
-            missed_write_count: self.missed_writes + self.host.bytes_lost.load(Ordering::Relaxed),
-            read_count: self.host.bytes_read.load(Ordering::Relaxed),
-            write_count: written,
-            rate_limiter_dropped_bytes: dropped,
-        }
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.host.counters)
     }
 
     /// The state for a snapshot.
@@ -276,7 +294,10 @@ impl Serial {
 
         self.loopback = state.modem_control & MCR_LOOP != 0;
         self.receives = enabled & IER_RECEIVED != 0;
-        let out = mem::replace(self.uart.writer_mut(), Limited::new(Box::new(io::sink())));
+        let out = mem::replace(
+            self.uart.writer_mut(),
+            Limited::new(Box::new(io::sink()), Arc::default()),
+        );
         let interrupt = Interrupt(self.host.clone());
         self.uart = Uart::from_state(&state.into(), interrupt, self.host.clone(), out)
             .expect("the FIFO fits, as checked, and the interrupt cannot fail");
@@ -315,7 +336,7 @@ impl BusDevice for Serial {
         read_bytes(offset, data, |port| match register(port) {
             Some(register) => self.read_register(register),
             None => {
-                self.missed_reads += 1;
+                add(&self.host.counters.reads_missed, 1);
                 0xff
             }
         });
@@ -324,7 +345,7 @@ impl BusDevice for Serial {
     fn write(&mut self, offset: u64, data: &[u8]) {
         write_bytes(offset, data, |port, value| match register(port) {
             Some(register) => self.write_register(register, value),
-            None => self.missed_writes += 1,
+            None => add(&self.host.counters.writes_missed, 1),
         });
     }
 }

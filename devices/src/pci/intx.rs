@@ -110,6 +110,13 @@ fn isr(state: u32) -> u8 {
     u8::try_from(state & ISR).expect("masked to 8 bits")
 }
 
+impl Drop for Intx {
+    /// A function that is gone asserts nothing: others share the wire.
+    fn drop(&mut self) {
+        self.line.set(false);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicBool;
@@ -135,6 +142,15 @@ mod tests {
     fn wired() -> (Arc<Wire>, Intx) {
         let wire = Arc::<Wire>::default();
         (Arc::clone(&wire), Intx::new(wire))
+    }
+
+    #[test]
+    fn releases_the_wire_when_it_goes() {
+        let (wire, intx) = wired();
+        intx.raise(1);
+        assert!(wire.asserted());
+        drop(intx);
+        assert!(!wire.asserted());
     }
 
     #[test]

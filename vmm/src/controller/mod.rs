@@ -141,7 +141,10 @@ impl Controller {
                 Ok(Reply::Done)
             }
             Action::SendCtrlAltDel => done(self.vm()?.send_ctrl_alt_del()),
-            Action::PowerButton => done(self.vm()?.press_power_button()),
+            Action::PowerButton => {
+                self.vm()?.press_power_button();
+                Ok(Reply::Done)
+            }
             Action::Pause => self.pause(),
             Action::Resume => self.resume(),
         }

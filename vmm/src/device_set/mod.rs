@@ -28,6 +28,7 @@ use pci::PciBus;
 
 use crate::device_memory::DeviceMemory;
 use crate::events::{Event, EventBus};
+use crate::interrupt_lines::Edge;
 use crate::kvm;
 use crate::metrics::prometheus::Exposition;
 use crate::metrics::{DeviceMetrics, Totals, add_to_sum};
@@ -171,7 +172,10 @@ impl DeviceSet {
                 device.end(&kicks);
             }
         }
-        self.tell_of_memory();
+        // A guest ejects what nobody asked for as often as it likes.
+        if !gone.is_empty() {
+            self.tell_of_memory();
+        }
         gone
     }
 
@@ -334,7 +338,7 @@ impl DeviceSet {
         let limit = layout::VIRTIO_MMIO_GSIS.len();
         let place = layout::virtio_mmio_device(places.len());
         let (base, gsi) = place.ok_or_else(|| DeviceSetError::Full { id: id.into(), limit })?;
-        let line = Arc::new(wiring::Edge::new(Arc::clone(vm), gsi));
+        let line = Arc::new(Edge::new(Arc::clone(vm), gsi));
         let transport = MmioVirtio::new(device, line, memory.clone(), Arc::clone(host));
         let mut transport = transport.map_err(|error| failed(error.into()))?;
         for (queue, kick) in (0u32..).zip(transport.slot().kicks()) {

@@ -15,8 +15,9 @@ use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
 use devices::virtio::{Transport, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::wiring::{Bars, Kicks, Lines, MsiGsis};
+use super::wiring::{Bars, Kicks, MsiGsis};
 use super::{DeviceSetError, Platform, SharedTransport, WiringError};
+use crate::interrupt_lines::Lines;
 use crate::x86_64::layout;
 
 /// Notification ports set aside for each slot: enough for 32 queues.
@@ -124,11 +125,7 @@ impl PciBus {
 
     /// Has the guest look at the slot, which was filled.
     pub(super) fn announce(&self, slot: u8) {
-        let mut hotplug = self.hotplug();
-        // Meant for the device before.
-        hotplug.withdraw(slot);
-        hotplug.check(slot);
-        drop(hotplug);
+        self.hotplug().check(slot);
         self.notify();
     }
 
@@ -167,8 +164,6 @@ impl PciBus {
 
     fn notify(&self) {
         let mut ged = self.ged.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = ged.raise(ged::Event::PciHotplug) {
-            log::error!("the guest cannot be told that a PCI slot has changed: {error}");
-        }
+        ged.raise(ged::Event::PciHotplug);
     }
 }

@@ -1,14 +1,12 @@
-//! What connects PCI devices to KVM: BARs on the bus with their notification addresses, MSI routes, interrupt lines.
+//! What connects PCI devices to KVM: BARs on the bus with their notification addresses, and MSI routes.
 //!
-//! vCPU threads get here when the guest moves a BAR or programs an interrupt; the data path does not, except for a
-//! guest that uses interrupt lines instead of MSI-X.
+//! vCPU threads get here when the guest moves a BAR or programs an interrupt; the data path does not.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use devices::bus::{Bus, BusDevice, SharedDevice};
-use devices::interrupt_line::{EdgeLine, LevelLine};
 use devices::pci::{BarMapper, MsiMessage, MsiRouter};
 use devices::virtio::pci::{BAR_LEN, PciVirtio};
 use vmm_sys_util::eventfd::EventFd;
@@ -226,89 +224,5 @@ impl MsiRouter for MsiGsis {
 impl Drop for MsiGsis {
     fn drop(&mut self) {
         self.gsis.iter().for_each(|gsi| self.vm.free_msi(*gsi));
-    }
-}
-
-/// The interrupt lines of the bus. Slots share them, so a line is released when its last slot lets go.
-pub(crate) struct Lines {
-    vm: Arc<kvm::Vm>,
-    lines: [Arc<Mutex<u32>>; 8],
-}
-
-/// The end of a line in one slot.
-struct Pin {
-    vm: Arc<kvm::Vm>,
-    gsi: u32,
-    slot: u8,
-    /// A bit per slot that asserts the line.
-    asserted: Arc<Mutex<u32>>,
-}
-
-impl Lines {
-    /// All lines released.
-    pub(crate) fn new(vm: Arc<kvm::Vm>) -> Self {
-        Self {
-            vm,
-            lines: Default::default(),
-        }
-    }
-
-    /// The line that pin A of `slot` drives.
-    pub(crate) fn connect(&self, slot: u8) -> Arc<dyn LevelLine> {
-        let gsi = layout::pci_intx_gsi(slot);
-        let asserted = Arc::clone(&self.lines[usize::from(slot % 8)]);
-        Arc::new(Pin {
-            vm: Arc::clone(&self.vm),
-            gsi,
-            slot,
-            asserted,
-        })
-    }
-}
-
-impl LevelLine for Pin {
-    fn set(&self, asserted: bool) {
-        let mut slots = self.asserted.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = *slots != 0;
-        let bit = 1 << self.slot;
-        *slots = if asserted { *slots | bit } else { *slots & !bit };
-        let after = *slots != 0;
-        if before != after {
-            drive(&self.vm, self.gsi, after);
-        }
-    }
-}
-
-/// Drives a line; devices cannot do anything about a failure.
-fn drive(vm: &kvm::Vm, gsi: u32, active: bool) {
-    if let Err(error) = vm.set_irq_line(gsi, active) {
-        log::warn!("{}", crate::error::chain(&error));
-    }
-}
-
-/// The interrupt line of a device on the MMIO bus.
-///
-/// Not an irqfd: of a line at the I/O APIC, the kernel hands those to a worker thread, which costs two switches with
-/// each interrupt.
-pub(crate) struct Edge {
-    vm: Arc<kvm::Vm>,
-    gsi: u32,
-    /// Held from edge to edge: a line that is high already cannot rise.
-    pulse: Mutex<()>,
-}
-
-impl Edge {
-    /// Line `gsi`, low.
-    pub(crate) fn new(vm: Arc<kvm::Vm>, gsi: u32) -> Self {
-        let pulse = Mutex::new(());
-        Self { vm, gsi, pulse }
-    }
-}
-
-impl EdgeLine for Edge {
-    fn pulse(&self) {
-        let _held = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
-        drive(&self.vm, self.gsi, true);
-        drive(&self.vm, self.gsi, false);
     }
 }

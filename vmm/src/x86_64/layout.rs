@@ -104,7 +104,7 @@ pub const GED_PORT: u16 = 0x600;
 pub const GED_PCI_HOTPLUG: u32 = 1 << 1;
 /// PCI hotplug registers, 32 bits each with a bit per slot: filled slots, slots to be emptied, ejected slots.
 pub const PCI_HOTPLUG_PORT: u16 = 0x610;
-/// The GED's interrupt line, edge-triggered.
+/// The GED's interrupt line, level-triggered.
 pub const GED_GSI: u32 = 9;
 /// Bit of the GED register: the power button was pressed.
 pub const GED_POWER_BUTTON: u32 = 1 << 0;

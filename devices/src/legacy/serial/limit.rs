@@ -1,8 +1,9 @@
 //! [`Limited`]: the output, and the limit of its bytes. What is beyond the limit is dropped, so the guest never waits.
 
 use std::io::{self, Write};
+use std::sync::Arc;
 
-use super::Output;
+use super::{Counters, Output, add};
 use crate::rate_limiter::{BucketState, StateError, TokenBucket, load_bucket};
 use crate::timer::Clock;
 
@@ -10,17 +11,16 @@ use crate::timer::Clock;
 pub(super) struct Limited {
     out: Output,
     limit: Option<(TokenBucket, Box<dyn Clock + Send>)>,
-    /// Bytes that were dropped.
-    pub(super) dropped: u64,
+    counters: Arc<Counters>,
 }
 
 impl Limited {
     /// Writes everything.
-    pub(super) fn new(out: Output) -> Self {
+    pub(super) fn new(out: Output, counters: Arc<Counters>) -> Self {
         Self {
             out,
             limit: None,
-            dropped: 0,
+            counters,
         }
     }
 
@@ -46,11 +46,15 @@ impl Write for Limited {
         if let Some((bucket, clock)) = &mut self.limit {
             bucket.refill(clock.now());
             if bucket.take(bytes.len() as u64).is_err() {
-                self.dropped += bytes.len() as u64;
+                add(&self.counters.bytes_dropped, bytes.len() as u64);
                 return Ok(bytes.len());
             }
         }
-        self.out.write(bytes)
+        self.out.write(bytes).map_err(|error| match error.kind() {
+            // A vCPU that waits here is wanted elsewhere; this kind would have the byte written again.
+            io::ErrorKind::Interrupted => io::Error::other(error),
+            _ => error,
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {

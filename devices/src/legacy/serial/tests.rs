@@ -117,7 +117,7 @@ fn every_byte_of_output_arrives_at_once() {
     port.write(THR, b' ');
     assert_eq!(port.screen.text(), "# ");
     assert_eq!(
-        port.serial.metrics(),
+        port.serial.counters().metrics(),
         Metrics {
             write_count: 2,
             flush_count: 2,
@@ -148,7 +148,7 @@ fn a_failing_output_is_counted_and_the_guest_goes_on() {
     serial.write(THR, b"x");
     serial.write(THR, b"y");
     assert_eq!(
-        serial.metrics(),
+        serial.counters().metrics(),
         Metrics {
             error_count: 2,
             missed_write_count: 2,
@@ -165,7 +165,7 @@ fn input_interrupts_and_reaches_the_guest_in_order() {
     assert_eq!(port.serial.enqueue(b"ls\n"), 3);
     assert!(port.interrupted());
     assert_eq!(port.drain(), b"ls\n");
-    assert_eq!(port.serial.metrics().read_count, 3);
+    assert_eq!(port.serial.counters().metrics().read_count, 3);
 }
 
 #[test]
@@ -260,7 +260,7 @@ fn accesses_outside_the_registers_are_counted() {
     port.serial.write(7, &[1, 2, 3]);
     port.serial.read(8, &mut [0]);
     port.serial.read(u64::MAX, &mut [0; 8]);
-    let metrics = port.serial.metrics();
+    let metrics = port.serial.counters().metrics();
     assert_eq!((metrics.missed_write_count, metrics.missed_read_count), (2, 2));
 }
 
@@ -327,7 +327,7 @@ fn output_beyond_its_limit_is_dropped_and_counted_and_the_guest_goes_on() {
     assert_eq!(port.screen.text(), "0123456789ab");
     assert!(port.interrupted());
     assert_eq!(
-        port.serial.metrics(),
+        port.serial.counters().metrics(),
         Metrics {
             write_count: 12,
             flush_count: 12,
@@ -364,5 +364,5 @@ fn a_restored_port_has_no_new_bucket() {
     restored.serial.load(saved).unwrap();
     restored.print("abc");
     assert_eq!(restored.screen.text(), "ab");
-    assert_eq!(restored.serial.metrics().write_count, 2);
+    assert_eq!(restored.serial.counters().metrics().write_count, 2);
 }

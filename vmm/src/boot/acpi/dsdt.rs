@@ -95,7 +95,8 @@ fn legacy_devices(aml: &mut Vec<u8>) {
 fn power(aml: &mut Vec<u8>, pci: bool) {
     let (s5, port) = (layout::SLEEP_TYPE_S5, layout::GED_PORT);
     name("_S5_", &Package::new(vec![&s5, &ZERO, &ZERO, &ZERO])).to_aml_bytes(aml);
-    let interrupt = isa_interrupt(layout::GED_GSI);
+    // Level-triggered, active high.
+    let interrupt = Interrupt::new(true, false, false, false, layout::GED_GSI);
     let pending = [FieldEntry::Named(*b"PEND", 32)];
     let (button, pressed) = (layout::GED_POWER_BUTTON, 0x80u8);
     let events = path("PEND");

@@ -70,10 +70,11 @@ fn slot(number: u8) -> Bytes {
     Bytes(aml)
 }
 
-/// Reads both registers once, as reading clears them, and notifies every slot that they name.
+/// Reads both registers once, as reading clears them, and notifies every slot that they name. Of a slot whose device was
+/// replaced, the guest learns first that the old one is gone.
 fn tell(numbers: &[u8]) -> Bytes {
     let mut body = Vec::new();
-    for (register, value) in [("CHCK", DEVICE_CHECK), ("REQU", EJECT_REQUEST)] {
+    for (register, value) in [("REQU", EJECT_REQUEST), ("CHCK", DEVICE_CHECK)] {
         Store::new(&Local(0), &path(register)).to_aml_bytes(&mut body);
         for &number in numbers {
             let (slot, bit) = (path(&slot_name(number)), bit(number));
