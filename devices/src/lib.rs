@@ -9,8 +9,9 @@
 //!
 //! # How a virtio device lives
 //! A [`virtio::VirtioSlot`] is the half that registers touch; it holds the device until the driver is ready. Then
-//! device and queues move into a [`virtio::Lane`], which an io loop owns, and come back on reset. So no lock is ever
-//! taken on the data path.
+//! device and queues move into a [`virtio::Lane`], which an io loop owns, and come back on reset. So the data path needs
+//! no lock of its own; only what several lanes share has one: a rate limiter, a pair of queues, the tables of a qcow2
+//! image, the metadata service.
 
 pub mod acpi;
 pub mod bus;

@@ -6,6 +6,7 @@
 
 mod bucket;
 mod config;
+mod shared;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use bucket::{State as BucketState, TokenBucket};
 pub use config::{RateLimiterConfig, TokenBucketConfig, serialize_effective};
+pub use shared::{SharedLimiter, UserId};
 
 /// Limits of bytes and of operations. The default limits nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

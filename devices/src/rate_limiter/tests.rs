@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{RateLimiter, RateLimiterConfig, TokenBucket, TokenBucketConfig};
+use super::{RateLimiter, RateLimiterConfig, SharedLimiter, TokenBucket, TokenBucketConfig};
 
 fn config(size: u64, burst: u64, refill_time: u64) -> TokenBucketConfig {
     TokenBucketConfig {
@@ -294,5 +294,44 @@ proptest! {
             prop_assert_eq!(often.take(tokens), seldom.take(tokens));
         }
         prop_assert_eq!(often.bucket, seldom.bucket);
+    }
+
+    /// Each request of several users goes when it would if all were in one queue, whoever of them comes late to its turn or
+    /// asks early.
+    #[test]
+    fn users_are_served_in_the_order_in_which_they_came(
+        bandwidth in any_config(),
+        ops in any_config(),
+        steps in any_steps(),
+        users in proptest::collection::vec(0..4usize, 60),
+    ) {
+        let limits = limits(Some(bandwidth), Some(ops));
+        let (mut shared, mut alone) = (SharedLimiter::new(RateLimiter::new(&limits)), RateLimiter::new(&limits));
+        (1..4).for_each(|user| assert_eq!(shared.join(), user));
+        let mut now = Instant::now();
+        let mut last = now;
+        let mut waiting = [None; 4];
+        for ((rest, thousandths), user) in steps.into_iter().zip(users) {
+            now += Duration::from_nanos(rest);
+            shared.refill(now);
+            let id = u32::try_from(user).unwrap();
+            if let Some((bytes, due)) = waiting[user] {
+                let expected = if due <= now { Ok(()) } else { Err(due) };
+                prop_assert_eq!(shared.take(id, bytes, now), expected);
+                waiting[user] = waiting[user].filter(|_| due > now);
+                continue;
+            }
+            let bytes = share(bandwidth.size, thousandths);
+            last = last.max(now);
+            alone.refill(last);
+            if let Err(wait) = alone.take(bytes) {
+                last += wait;
+                alone.refill(last);
+                prop_assert_eq!(alone.take(bytes), Ok(()));
+            }
+            let taken = shared.take(id, bytes, now);
+            prop_assert_eq!(taken, if last == now { Ok(()) } else { Err(last) });
+            waiting[user] = taken.err().map(|due| (bytes, due));
+        }
     }
 }

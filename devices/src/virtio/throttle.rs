@@ -19,20 +19,21 @@
 //! Beyond that a device calls [`Throttle::activate`], [`Throttle::reset`], and for changes [`Throttle::prepare`] and
 //! [`Throttle::patch`]. An event that comes while the machine is paused is not lost: the lane replays it.
 //!
-//! Siblings of a device that are on other loops have a throttle each over one limiter, by [`Throttle::share`]: whoever
-//! comes first has what is there. Its lock is taken only where something is limited.
+//! Siblings of a device that are on other loops have a throttle each over one limiter, by [`Throttle::share`]: those that
+//! hold something back take turns. Its lock is taken only where something is limited.
 
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{DeviceError, Io, StateError, UpdateError};
-use crate::rate_limiter::{self, RateLimiter, RateLimiterConfig};
+use crate::rate_limiter::{self, RateLimiter, RateLimiterConfig, SharedLimiter, UserId};
 use crate::timer::{Clock, Timer};
 
 /// A rate limiter with its timer.
 pub struct Throttle {
-    limiter: Arc<Mutex<RateLimiter>>,
+    limiter: Arc<Mutex<SharedLimiter>>,
+    user: UserId,
     /// Whether anything is limited, known without the lock.
     limited: bool,
     /// The device's token for the timer.
@@ -51,7 +52,8 @@ impl Throttle {
         let limiter = limits.map(RateLimiter::new).unwrap_or_default();
         Self {
             limited: limiter.limits_something(),
-            limiter: Arc::new(limiter.into()),
+            limiter: Arc::new(SharedLimiter::new(limiter).into()),
+            user: SharedLimiter::FIRST,
             token,
             timer: None,
             now: None,
@@ -63,6 +65,7 @@ impl Throttle {
     pub fn share(&self) -> std::io::Result<Self> {
         Ok(Self {
             limiter: Arc::clone(&self.limiter),
+            user: self.lock().join(),
             limited: self.limited,
             token: self.token,
             timer: Some(Timer::new()?),
@@ -77,7 +80,7 @@ impl Throttle {
         self.limited = limited;
     }
 
-    fn lock(&self) -> MutexGuard<'_, RateLimiter> {
+    fn lock(&self) -> MutexGuard<'_, SharedLimiter> {
         self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -95,6 +98,7 @@ impl Throttle {
     /// still be set, but nobody watches it now, and a later event finds nothing held back.
     pub fn reset(&mut self) {
         self.held_until = None;
+        self.lock().leave(self.user);
     }
 
     /// True while a request waits for its time. The timer's event will come; there is nothing to do until then.
@@ -125,11 +129,11 @@ impl Throttle {
 
     fn take_at(&mut self, bytes: usize, now: Instant) -> bool {
         let bytes = u64::try_from(bytes).expect("a usize fits");
-        let taken = self.lock().take(bytes);
+        let taken = self.lock().take(self.user, bytes, now);
         match taken {
             Ok(()) => true,
-            Err(wait) => {
-                self.held_until = Some(now + wait);
+            Err(moment) => {
+                self.held_until = Some(moment);
                 false
             }
         }
@@ -300,6 +304,72 @@ mod tests {
         assert!(first.take(1) && !second.take(1));
         second.settle(&*recorder).unwrap();
         assert!(timer_left(&second) > HOUR / 2);
+    }
+
+    /// Two siblings over a bucket of `size` bytes, which fills up in a second, and in which nothing is left.
+    fn siblings(size: u64, recorder: &Recorder) -> (Throttle, Throttle) {
+        let limits = format!(r#"{{"bandwidth":{{"size":{size},"refill_time":1000}}}}"#);
+        let limits: RateLimiterConfig = serde_json::from_str(&limits).unwrap();
+        let mut first = Throttle::new(Some(&limits), 7);
+        let mut second = first.share().unwrap();
+        activated(&mut first, recorder);
+        activated(&mut second, recorder);
+        assert!(went(&mut first, usize::try_from(size).unwrap(), recorder));
+        (first, second)
+    }
+
+    /// Whether a request can go now, as a device finds out.
+    fn went(throttle: &mut Throttle, bytes: usize, recorder: &Recorder) -> bool {
+        if throttle.held_until.is_some_and(|moment| moment > recorder.now()) {
+            return false;
+        }
+        throttle.release();
+        throttle.begin(recorder);
+        let went = throttle.take(bytes);
+        throttle.settle(recorder).unwrap();
+        went
+    }
+
+    #[test]
+    fn a_large_request_goes_though_a_sibling_has_small_ones_all_the_time() {
+        let recorder = testing::recorder();
+        let (mut large, mut small) = siblings(1000, &recorder);
+        assert!(!went(&mut large, 900, &recorder));
+        let mut count = 0;
+        for _ in 0..90 {
+            recorder.pass(Duration::from_millis(10));
+            count += u32::from(went(&mut small, 10, &recorder));
+        }
+        assert_eq!(count, 0);
+        // The small one may well come first: its tokens are not those of the large one.
+        recorder.pass(Duration::from_millis(10));
+        assert!(went(&mut small, 10, &recorder) && went(&mut large, 900, &recorder));
+        assert!(!went(&mut small, 10, &recorder));
+    }
+
+    #[test]
+    fn a_sibling_that_is_reset_or_does_not_come_keeps_nobody_waiting() {
+        let recorder = testing::recorder();
+        let (mut gone, mut other) = siblings(1000, &recorder);
+        assert!(!went(&mut gone, 900, &recorder));
+        gone.reset();
+        recorder.pass(Duration::from_millis(10));
+        assert!(went(&mut other, 10, &recorder));
+
+        assert!(!went(&mut gone, 900, &recorder) && !went(&mut other, 10, &recorder));
+        recorder.pass(Duration::from_millis(910));
+        assert!(went(&mut other, 10, &recorder));
+    }
+
+    #[test]
+    fn a_request_that_has_changed_while_it_was_held_back_pays_as_it_is() {
+        let recorder = testing::recorder();
+        let (mut first, _second) = siblings(1000, &recorder);
+        assert!(!went(&mut first, 10, &recorder));
+        recorder.pass(Duration::from_millis(10));
+        assert!(!went(&mut first, 500, &recorder));
+        recorder.pass(Duration::from_millis(500));
+        assert!(went(&mut first, 500, &recorder));
     }
 
     #[test]
