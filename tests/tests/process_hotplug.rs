@@ -154,6 +154,33 @@ fn without_pci_nothing_comes_or_goes() -> Result {
 }
 
 #[test]
+fn what_a_detached_drive_has_counted_stays_in_the_sums() -> Result {
+    let machine = machine("hotplug-metrics", |vm, _| Ok(vm))?;
+    let patch = json!({"drive_id": "hot", "path_on_host": machine.scratch.join("second")});
+    let update = |times| -> Result {
+        for _ in 0..times {
+            machine.vm.patch("/drives/hot", &patch)?.success()?;
+        }
+        Ok(())
+    };
+    machine.put("hot")?.success()?;
+    update(2)?;
+    assert_eq!(machine.vm.counted("block", "update_count")?, 2);
+    update(1)?;
+    machine.delete("hot", r#"{"force": true}"#)?.success()?;
+    assert_eq!(machine.vm.counted("block", "update_count")?, 3);
+    machine.put("hot")?.success()?;
+    update(3)?;
+    machine.delete("hot", r#"{"force": true}"#)?.success()?;
+    machine.put("hot")?.success()?;
+    update(4)?;
+    assert_eq!(machine.vm.counted("block", "update_count")?, 10);
+    // The first two times, and those of the last one under this name.
+    assert_eq!(machine.vm.counted("block_hot", "update_count")?, 6);
+    Ok(())
+}
+
+#[test]
 fn hundreds_of_devices_may_come_and_go() -> Result {
     let machine = machine("hotplug-cycles", |vm, _| Ok(vm))?;
     // Sockets are left out: the connection of the last request may or may not be closed yet.

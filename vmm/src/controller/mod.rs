@@ -23,8 +23,8 @@ use crate::config::{LoggerConfig, MachineConfig, SerialConfig, VmConfig};
 use crate::device_set::{DeviceSetError, can_come_and_go};
 use crate::events::Event;
 use crate::logger::LOGGER;
-use crate::metrics::MetricsSink;
 use crate::metrics::prometheus::CONTENT_TYPE;
+use crate::metrics::{MetricsSink, device_group};
 use crate::unplug::{Otherwise, Unplug, UnplugConfig};
 use crate::vm::{Settings, Vm, VmError};
 
@@ -218,8 +218,10 @@ impl Controller {
 
     fn hotplug(&mut self, device: DeviceConfig) -> Result<Reply, ControlError> {
         let (kind, id) = (device.kind(), device.id().to_owned());
+        let group = device_group(kind, device.metrics_group(), &id);
         let plugged = self.vm()?.hotplug(device);
         plugged.map_err(|source| ControlError::Hotplug { kind, source })?;
+        self.metrics.begin_group(&group);
         let (kind, id) = (kind.name(), id.as_str());
         self.events().publish(&Event::DeviceAttached { kind, id });
         Ok(Reply::Done)

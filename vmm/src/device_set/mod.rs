@@ -20,7 +20,7 @@ use devices::catalog::{DeviceConfig, Services};
 use devices::mmds::Mmds;
 use devices::virtio::mmio::{self, MmioVirtio};
 use devices::virtio::{DeviceKind, LaneHost, Report, Transport, VirtioDevice};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use error::{DeviceSetError, WiringError};
@@ -73,11 +73,31 @@ impl Attached {
     }
 
     /// Ends a device that the guest no longer reaches. A vCPU may be in the middle of an access to it, or to its `kicks`:
-    /// its thread may not make the system calls by which they end, so it must not be their last owner.
-    fn end(self, kicks: &[Arc<EventFd>]) {
+    /// its thread may not make the system calls by which they end, so it must not be their last owner. Gives what the
+    /// device has counted.
+    fn end(self, kicks: &[Arc<EventFd>]) -> Value {
         wait_for_others(&self.transport);
+        // It counts no more then.
+        self.lock().slot().reset();
+        let mut totals = Totals::default();
+        self.collect_metrics(&mut totals);
         drop(self);
         kicks.iter().for_each(wait_for_others);
+        totals.into_sums().into()
+    }
+
+    fn collect_metrics(&self, totals: &mut Totals) {
+        let (counters, interrupts) = {
+            let mut transport = self.lock();
+            (transport.slot().metrics(), transport.interrupts())
+        };
+        add_to_sum(&mut totals.groups, &json!({"interrupts": interrupts}));
+        totals.devices.push(DeviceMetrics {
+            kind: self.config.kind(),
+            id: self.config.id().into(),
+            group: self.config.metrics_group(),
+            counters,
+        });
     }
 }
 
@@ -102,6 +122,8 @@ pub struct DeviceSet {
     platform: Platform,
     wiring: Wiring,
     devices: Vec<Attached>,
+    /// What those that are gone have counted.
+    departed: Map<String, Value>,
 }
 
 /// Whether devices of this kind can be attached to and detached from a running machine.
@@ -121,6 +143,7 @@ impl DeviceSet {
             platform,
             wiring,
             devices: Vec::new(),
+            departed: Map::new(),
         })
     }
 
@@ -169,7 +192,7 @@ impl DeviceSet {
             let kicks = bus.unplug(slot);
             for device in self.devices.extract_if(.., |device| device.slot == Some(slot)) {
                 gone.push((device.config.kind(), device.config.id().to_owned()));
-                device.end(&kicks);
+                add_to_sum(&mut self.departed, &device.end(&kicks));
             }
         }
         // A guest ejects what nobody asked for as often as it likes.
@@ -184,7 +207,7 @@ impl DeviceSet {
         let slot = self.slot_of(kind, id)?;
         let kicks = self.bus()?.take_away(slot);
         for device in self.devices.extract_if(.., |device| device.is(kind, id)) {
-            device.end(&kicks);
+            add_to_sum(&mut self.departed, &device.end(&kicks));
         }
         self.tell_of_memory();
         Ok(())
@@ -294,19 +317,10 @@ impl DeviceSet {
 
     /// Adds the devices' counters.
     pub fn collect_metrics(&self, totals: &mut Totals) {
-        for device in &self.devices {
-            let (counters, interrupts) = {
-                let mut transport = device.lock();
-                (transport.slot().metrics(), transport.interrupts())
-            };
-            add_to_sum(&mut totals.groups, &json!({"interrupts": interrupts}));
-            totals.devices.push(DeviceMetrics {
-                kind: device.config.kind(),
-                id: device.config.id().into(),
-                group: device.config.metrics_group(),
-                counters,
-            });
-        }
+        add_to_sum(&mut totals.groups, &Value::Object(self.departed.clone()));
+        self.devices
+            .iter()
+            .for_each(|device| device.collect_metrics(totals));
     }
 
     /// How long what the devices did took.

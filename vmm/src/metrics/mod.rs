@@ -48,10 +48,24 @@ pub struct DeviceMetrics {
     pub counters: Value,
 }
 
+impl DeviceMetrics {
+    /// Adds the counters to those of its kind.
+    fn add_to(&self, sums: &mut Map<String, Value>) {
+        if self.group.is_none() {
+            add_to_sum(sums, &json!({(self.kind.name()): &self.counters}));
+        }
+    }
+}
+
+/// The name of the group that a device has in a line.
+pub(crate) fn device_group(kind: DeviceKind, group: Option<&str>, id: &str) -> String {
+    format!("{}_{id}", group.unwrap_or(kind.name()))
+}
+
 /// All counters of the process since its start.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Totals {
-    /// By group and name; what devices count is not in it.
+    /// By group and name; of devices only what those that are gone have counted.
     pub groups: Map<String, Value>,
     /// What each device counts.
     pub devices: Vec<DeviceMetrics>,
@@ -61,21 +75,23 @@ impl Totals {
     /// The content of a line: devices are summed per kind, and those that users name have a group each.
     pub fn into_line(self) -> Map<String, Value> {
         let mut line = self.groups;
-        for DeviceMetrics {
-            kind,
-            id,
-            group,
-            counters,
-        } in self.devices
-        {
-            if group.is_none() {
-                add_to_sum(&mut line, &json!({(kind.name()): &counters}));
-            }
-            if kind.label().is_some() {
-                line.insert(format!("{}_{id}", group.unwrap_or(kind.name())), counters);
+        for device in self.devices {
+            device.add_to(&mut line);
+            if device.kind.label().is_some() {
+                line.insert(
+                    device_group(device.kind, device.group, &device.id),
+                    device.counters,
+                );
             }
         }
         line
+    }
+
+    /// What stays when the devices are gone.
+    pub fn into_sums(self) -> Map<String, Value> {
+        let mut sums = self.groups;
+        self.devices.iter().for_each(|device| device.add_to(&mut sums));
+        sums
     }
 }
 
@@ -111,6 +127,26 @@ mod tests {
         assert_eq!(
             Value::Object(Totals { groups, devices }.into_line()),
             json!({"block": {"n": 3}, "block_a": {"n": 1}, "block_b": {"n": 2}, "vhost_user_c": {"n": 16}, "entropy": {"n": 4}, "vcpu": {"n": 8}})
+        );
+    }
+
+    #[test]
+    fn what_stays_of_devices_is_in_the_sums() {
+        let device = |id: &str, group, count| DeviceMetrics {
+            kind: DeviceKind::Block,
+            id: id.into(),
+            group,
+            counters: json!({"n": count}),
+        };
+        let devices = vec![
+            device("a", None, 1),
+            device("b", None, 2),
+            device("c", Some("vhost_user"), 4),
+        ];
+        let groups = Map::from_iter([("interrupts".to_owned(), json!({"n": 8}))]);
+        assert_eq!(
+            Value::Object(Totals { groups, devices }.into_sums()),
+            json!({"block": {"n": 3}, "interrupts": {"n": 8}})
         );
     }
 

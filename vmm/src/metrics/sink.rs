@@ -39,6 +39,13 @@ impl MetricsSink {
         Ok(())
     }
 
+    /// What comes under the name of this group counts from zero.
+    pub fn begin_group(&mut self, name: &str) {
+        if let Value::Object(last) = &mut self.last {
+            last.remove(name);
+        }
+    }
+
     /// Writes a line with what `now` counts since the line before. Nothing happens without a path.
     pub fn write(&mut self, now: Map<String, Value>) -> io::Result<()> {
         let Some(file) = &mut self.file else { return Ok(()) };
@@ -169,6 +176,21 @@ mod tests {
         let count = reader.read(&mut piece).unwrap();
         let expected = "\n{\"g\":{\"n\":3},\"id\":\"a\"}\n{\"g\":{\"n\":4},\"id\":\"a\"}\n";
         assert_eq!(std::str::from_utf8(&piece[..count]).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_group_that_begins_again_counts_from_zero() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.as_path().join("lines");
+        let mut sink = opened(&path);
+        sink.write(line(json!({"g": {"n": 3}, "h": {"n": 3}}))).unwrap();
+        sink.begin_group("g");
+        sink.write(line(json!({"g": {"n": 5}, "h": {"n": 5}}))).unwrap();
+        let lines = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(
+            lines.lines().last().unwrap(),
+            r#"{"g":{"n":5},"h":{"n":2},"id":"a"}"#
+        );
     }
 
     #[test]
