@@ -9,12 +9,18 @@ use crate::{Result, Scratch};
 /// Where the code is loaded and entered.
 const BASE: u32 = 0x10_0000;
 /// Where the code is in the file: a page boundary, so that it can be mapped.
-const CODE_OFFSET: usize = 0x1000;
+const CODE_OFFSET: usize = PAGE;
+/// Where the data is loaded.
+const DATA: u32 = 0x100_0000;
+const PAGE: usize = 0x1000;
+/// Segments of code, of data and of notes.
+const MAX_SEGMENTS: usize = 3;
 
 /// Machine code under construction.
 #[derive(Debug, Clone)]
 pub struct TinyKernel {
     code: Vec<u8>,
+    data: Vec<u8>,
     pvh: bool,
 }
 
@@ -30,6 +36,7 @@ impl TinyKernel {
         // mov edx, 0x3f8 (the serial port, for all that follows)
         Self {
             code: vec![0xba, 0xf8, 0x03, 0x00, 0x00],
+            data: Vec::new(),
             pvh: true,
         }
     }
@@ -108,6 +115,20 @@ impl TinyKernel {
             .emit(&[value])
     }
 
+    /// Has so many pages of data, none of them zero, that it does not write; reads all of them.
+    pub fn read_data(mut self, pages: u32) -> Self {
+        self.data = (0..pages)
+            .flat_map(|page| [page | 1; PAGE / 4])
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        // mov esi, data; mov ecx, pages; next: mov al, [esi]; add esi, 0x1000; loop next
+        self.emit(&[0xbe])
+            .emit(&DATA.to_le_bytes())
+            .emit(&[0xb9])
+            .emit(&pages.to_le_bytes())
+            .emit(&[0x8a, 0x06, 0x81, 0xc6, 0x00, 0x10, 0x00, 0x00, 0xe2, 0xf6])
+    }
+
     /// Waits until the serial port has received a byte, and takes it.
     pub fn wait_for_key(self) -> Self {
         // again: mov dl, 0xfd; in al, dx; and al, 1; jz again; mov dl, 0xf8; in al, dx
@@ -164,14 +185,26 @@ impl TinyKernel {
 
     /// The kernel as an ELF file.
     pub fn elf(&self) -> Vec<u8> {
-        let note_offset = 64 + 2 * 56;
         let note = self.note();
-        let mut file = header(if self.pvh { 2 } else { 1 });
-        file.extend(program_header(1, CODE_OFFSET, BASE, self.code.len()));
-        file.extend(program_header(4, note_offset, 0, note.len()));
+        let note_offset = 64 + MAX_SEGMENTS * 56;
+        let data_offset = (CODE_OFFSET + self.code.len()).next_multiple_of(PAGE);
+        let mut segments = vec![program_header([1, 7], CODE_OFFSET, BASE, self.code.len())];
+        if !self.data.is_empty() {
+            segments.push(program_header([1, 4], data_offset, DATA, self.data.len()));
+        }
+        if self.pvh {
+            segments.push(program_header([4, 4], note_offset, 0, note.len()));
+        }
+        let mut file = header(u16::try_from(segments.len()).expect("at most three"));
+        file.extend(segments.concat());
+        file.resize(note_offset, 0);
         file.extend(note);
         file.resize(CODE_OFFSET, 0);
         file.extend(&self.code);
+        if !self.data.is_empty() {
+            file.resize(data_offset, 0);
+            file.extend(&self.data);
+        }
         file
     }
 
@@ -206,8 +239,8 @@ fn header(segments: u16) -> Vec<u8> {
     header
 }
 
-fn program_header(kind: u32, offset: usize, address: u32, len: usize) -> Vec<u8> {
-    let mut header = [kind, 7]
+fn program_header(kind_and_flags: [u32; 2], offset: usize, address: u32, len: usize) -> Vec<u8> {
+    let mut header = kind_and_flags
         .iter()
         .flat_map(|half| half.to_le_bytes())
         .collect::<Vec<_>>();
