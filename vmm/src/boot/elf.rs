@@ -1,8 +1,8 @@
 //! ELF kernels: the loadable segments of an uncompressed `vmlinux`.
 //!
-//! Segments are mapped copy-on-write over guest RAM as far as whole pages of file and memory coincide, so that a boot
-//! reads only what the guest touches and VMs share the pages of one kernel. Their ragged ends are copied, and so is
-//! everything where RAM is of huge pages.
+//! Segments that the kernel does not write are mapped copy-on-write over guest RAM as far as whole pages of file and memory
+//! coincide, so that of their data a boot reads only what the guest touches, and VMs share it. Their ragged ends are copied,
+//! and so are the segments that the kernel writes, and everything where RAM is of huge pages.
 //!
 //! Linux patches its code all over while it boots. Each page of mapped code would come to the guest by three faults: read,
 //! written and so copied, and found again. So code is the guest's own from the beginning: what fills huge pages is read
