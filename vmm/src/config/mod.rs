@@ -6,6 +6,8 @@ mod file;
 mod machine;
 mod metadata;
 mod process;
+#[cfg(test)]
+mod tests;
 
 use devices::catalog::DeviceConfig;
 use devices::mmds;
@@ -53,6 +55,12 @@ pub enum ConfigError {
          the drive or memory-hotplug"
     )]
     UnseenMemory(String),
+    /// Memory that vhost-net would not see.
+    #[error(
+        "interface '{0}' has vhost, and vhost-net does not see memory that is plugged in: leave out one of them, vhost \
+         or memory-hotplug"
+    )]
+    UnseenByVhost(String),
     /// The command line is too long.
     #[error("Boot source error: boot_args is {0} bytes long; at most {MAX_BOOT_ARGS} fit")]
     BootArgs(usize),
@@ -251,6 +259,9 @@ impl VmConfig {
 
     /// Adds a virtio device, or replaces the one of its kind with its id.
     pub fn put_device(&mut self, device: DeviceConfig) -> Result<(), ConfigError> {
+        if self.memory_hotplug.is_some() {
+            check_sees_plugged_memory(&device)?;
+        }
         match device {
             DeviceConfig::Block(drive) => self.put_drive(drive)?,
             DeviceConfig::Net(net) => self.put_net(net)?,
@@ -259,7 +270,7 @@ impl VmConfig {
             DeviceConfig::Pmem(pmem) => self.put_pmem(pmem)?,
             DeviceConfig::Vsock(vsock) => self.vsock = Some(vsock),
             DeviceConfig::Mem(mem) => {
-                self.check_memory_is_seen(true)?;
+                self.devices().iter().try_for_each(check_sees_plugged_memory)?;
                 self.memory_hotplug = Some(mem);
             }
         }
@@ -270,24 +281,10 @@ impl VmConfig {
         if drive.is_root_device {
             self.check_only_root("Drive", DeviceKind::Block, &drive.drive_id)?;
         }
-        let mut drives = self.drives.clone();
-        put_by(&mut drives, drive, |d| &d.drive_id);
-        let before = std::mem::replace(&mut self.drives, drives);
-        if let Err(error) = self.check_memory_is_seen(self.memory_hotplug.is_some()) {
-            self.drives = before;
-            return Err(error);
-        }
+        put_by(&mut self.drives, drive, |d| &d.drive_id);
         // The root disk is the guest's first, whatever the order of requests.
         self.drives.sort_by_key(|d| !d.is_root_device);
         Ok(())
-    }
-
-    /// Checks that there are not both: memory that is plugged in, and a backend, which would not see it.
-    fn check_memory_is_seen(&self, is_plugged: bool) -> Result<(), ConfigError> {
-        match self.drives.iter().find(|drive| drive.socket.is_some()) {
-            Some(drive) if is_plugged => Err(ConfigError::UnseenMemory(drive.drive_id.clone())),
-            _ => Ok(()),
-        }
     }
 
     fn put_balloon(&mut self, balloon: balloon::Config) -> Result<(), ConfigError> {
@@ -423,6 +420,17 @@ pub fn section(kind: DeviceKind) -> &'static str {
         DeviceKind::Pmem => "pmem",
         DeviceKind::Vsock => "vsock",
         DeviceKind::Mem => "memory-hotplug",
+    }
+}
+
+/// Checks that the device would see memory that is plugged in later: others than Mayfly are not told of it.
+fn check_sees_plugged_memory(device: &DeviceConfig) -> Result<(), ConfigError> {
+    match device {
+        DeviceConfig::Block(drive) if drive.socket.is_some() => {
+            Err(ConfigError::UnseenMemory(drive.drive_id.clone()))
+        }
+        DeviceConfig::Net(net) if net.has_vhost() => Err(ConfigError::UnseenByVhost(net.iface_id.clone())),
+        _ => Ok(()),
     }
 }
 
