@@ -42,7 +42,7 @@ pub(super) struct Answer {
     pub(super) close: bool,
 }
 
-/// Answers the request at the beginning of `input`; none when its head is not there wholly.
+/// Answers the request at the beginning of `input`; none when its head is not there wholly. `now` is [`Mmds::age`].
 pub(super) fn answer(mmds: &Mmds, input: &[u8], now: Duration) -> Option<Answer> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut parsed = httparse::Request::new(&mut headers);

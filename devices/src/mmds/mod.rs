@@ -18,14 +18,14 @@ mod token;
 mod wire;
 
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use metrics::Metrics;
 pub use packet::{HEAD_LEN, MAC, is_for};
-pub use stack::{MAX_FRAME_LEN, Stack};
+pub use stack::{MAX_FRAME_LEN, Now, Stack};
 pub use store::{Store, StoreError};
 
 use self::metrics::count;
@@ -106,6 +106,8 @@ pub struct Mmds {
     config: Config,
     store: Arc<Store>,
     tokens: Mutex<Tokens>,
+    /// The first look at the clock, from which [`Mmds::age`] counts.
+    origin: OnceLock<Instant>,
     metrics: Metrics,
 }
 
@@ -116,6 +118,7 @@ impl Mmds {
             config,
             store,
             tokens: Mutex::default(),
+            origin: OnceLock::new(),
             metrics: Metrics::default(),
         }
     }
@@ -128,6 +131,12 @@ impl Mmds {
     /// The address that guests ask.
     pub fn address(&self) -> Ipv4Addr {
         self.config.ipv4_address
+    }
+
+    /// The time by which tokens end: the same on all interfaces, as they share the tokens. It goes on while the machine is
+    /// paused.
+    pub fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(*self.origin.get_or_init(|| now))
     }
 
     /// The counters of all interfaces together.

@@ -32,6 +32,15 @@ pub(super) const MAX_ANSWERS: usize = 128;
 /// The shortest time to wait, so that a stack in trouble cannot keep its thread busy.
 const MIN_DELAY: Duration = Duration::from_millis(1);
 
+/// What time it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// For the interface's connections: since any fixed moment, and without pauses, so that these cost no connection.
+    pub interface: Duration,
+    /// For tokens: [`Mmds::age`].
+    pub tokens: Duration,
+}
+
 /// ARP, TCP and HTTP for the guest behind one interface.
 pub struct Stack {
     mmds: Arc<Mmds>,
@@ -47,8 +56,8 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// A stack that nobody has spoken to. `seed` makes its sequence numbers hard to guess; `now` is, here and below, the
-    /// time since any fixed moment.
+    /// A stack that nobody has spoken to. `seed` makes its sequence numbers hard to guess; `now` is, here and in
+    /// [`Stack::next_work`], [`Now::interface`].
     pub fn new(mmds: Arc<Mmds>, seed: u64, now: Duration) -> Self {
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
@@ -76,7 +85,7 @@ impl Stack {
     }
 
     /// Takes a frame of the guest, whatever it is.
-    pub fn receive(&mut self, frame: &[u8], now: Duration) {
+    pub fn receive(&mut self, frame: &[u8], now: Now) {
         let metrics = self.mmds.metrics();
         count(&metrics.rx_accepted);
         if frame.len() > MAX_FRAME_LEN {
@@ -89,7 +98,7 @@ impl Stack {
             Kind::ArpRequest => self.answer_arp(frame),
             Kind::Tcp { peer, port, opens } => {
                 if port == HTTP_PORT {
-                    self.hear(peer, opens, now);
+                    self.hear(peer, opens, now.interface);
                 } else {
                     // The guest will be told that nobody listens there.
                     count(&metrics.rx_accepted_unusual);
@@ -110,11 +119,11 @@ impl Stack {
         }
     }
 
-    fn receive_packet(&mut self, packet: &[u8], now: Duration) {
+    fn receive_packet(&mut self, packet: &[u8], now: Now) {
         let before = self.outgoing.len();
         let (interface, mut wire, sockets) = self.parts();
         wire.incoming = Some(packet);
-        interface.poll_ingress_single(instant(now), &mut wire, sockets);
+        interface.poll_ingress_single(instant(now.interface), &mut wire, sockets);
         if wire.incoming.is_some() {
             // There is no room for an answer; it comes again, as after any loss.
             count(&self.mmds.metrics().tx_errors);
@@ -123,20 +132,20 @@ impl Stack {
     }
 
     /// Does what is due.
-    pub fn work(&mut self, now: Duration) {
+    pub fn work(&mut self, now: Now) {
         self.advance(now, self.outgoing.len());
     }
 
     /// Brings everything as far as it goes. There were `before` frames when this turn began.
-    fn advance(&mut self, now: Duration, before: usize) {
+    fn advance(&mut self, now: Now, before: usize) {
         // Each round makes a frame or is the last.
         for _ in 0..=MAX_FRAMES {
             for connection in &mut self.connections {
                 let socket = self.sockets.get_mut(connection.socket);
-                connection.serve(socket, &self.mmds, now);
+                connection.serve(socket, &self.mmds, now.tokens);
             }
             let (interface, mut wire, sockets) = self.parts();
-            let made = interface.poll_egress(instant(now), &mut wire, sockets);
+            let made = interface.poll_egress(instant(now.interface), &mut wire, sockets);
             if made == PollResult::None {
                 break;
             }
@@ -165,7 +174,7 @@ impl Stack {
     }
 
     /// The next frame for the guest.
-    pub fn take_frame(&mut self, now: Duration) -> Option<Vec<u8>> {
+    pub fn take_frame(&mut self, now: Now) -> Option<Vec<u8>> {
         let frame = self.outgoing.pop_front()?;
         let metrics = self.mmds.metrics();
         count(&metrics.tx_frames);

@@ -15,10 +15,10 @@ const MAX_TOKENS: usize = 8192;
 /// Bytes of a token; its text has two digits for each.
 const LEN: usize = 16;
 
-/// Tokens and the second in which each ends. The map's keyed hash keeps the time of a look-up from telling how much of
-/// a guess was right.
+/// Tokens and when each ends, by [`super::Mmds::age`]. The map's keyed hash keeps the time of a look-up from telling how
+/// much of a guess was right.
 #[derive(Debug, Default)]
-pub(super) struct Tokens(HashMap<[u8; LEN], u64>);
+pub(super) struct Tokens(HashMap<[u8; LEN], Duration>);
 
 impl Tokens {
     /// A new token that is valid for `ttl` seconds.
@@ -28,7 +28,7 @@ impl Tokens {
         if self.0.len() >= MAX_TOKENS {
             self.make_room(now);
         }
-        self.0.insert(token, now.as_secs() + u64::from(ttl));
+        self.0.insert(token, now + Duration::from_secs(ttl.into()));
         Ok(token
             .iter()
             .fold(String::with_capacity(2 * LEN), |mut text, byte| {
@@ -40,11 +40,11 @@ impl Tokens {
     /// Whether it was given out and has not ended.
     pub(super) fn is_valid(&self, token: &str, now: Duration) -> bool {
         let end = parse(token).and_then(|token| self.0.get(&token));
-        end.is_some_and(|end| now.as_secs() < *end)
+        end.is_some_and(|end| now < *end)
     }
 
     fn make_room(&mut self, now: Duration) {
-        self.0.retain(|_, end| now.as_secs() < *end);
+        self.0.retain(|_, end| now < *end);
         if self.0.len() >= MAX_TOKENS
             && let Some(next) = self
                 .0
@@ -92,6 +92,15 @@ mod tests {
         let token = tokens.issue(10, at(5)).unwrap();
         assert!(tokens.is_valid(&token, at(5)) && tokens.is_valid(&token, at(14)));
         assert!(!tokens.is_valid(&token, at(15)));
+    }
+
+    #[test]
+    fn a_token_lives_its_whole_seconds_also_when_it_was_issued_within_one() {
+        let mut tokens = Tokens::default();
+        let start = Duration::from_millis(5900);
+        let token = tokens.issue(1, start).unwrap();
+        let after = |millis| start + Duration::from_millis(millis);
+        assert!(tokens.is_valid(&token, after(999)) && !tokens.is_valid(&token, after(1000)));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arbitrary::Arbitrary;
-use devices::mmds::{Config, MAC, Mmds, Stack, Store};
+use devices::mmds::{Config, MAC, Mmds, Now, Stack, Store};
 use libfuzzer_sys::fuzz_target;
 
 /// The longest frame of an ordinary Ethernet.
@@ -118,13 +118,20 @@ impl Guest {
         }
     }
 
+    fn time(&self) -> Now {
+        Now {
+            interface: self.now,
+            tokens: self.now,
+        }
+    }
+
     fn send(&mut self, frame: &[u8]) {
-        self.stack.receive(frame, self.now);
+        self.stack.receive(frame, self.time());
     }
 
     fn take(&mut self, count: usize) {
         for _ in 0..count {
-            let Some(frame) = self.stack.take_frame(self.now) else {
+            let Some(frame) = self.stack.take_frame(self.time()) else {
                 return;
             };
             assert!((42..=FRAME_LEN).contains(&frame.len()) && frame[6..12] == MAC);
@@ -190,7 +197,7 @@ impl Guest {
             }
             Step::Wait(millis) => {
                 self.now += Duration::from_millis(u64::from(*millis));
-                self.stack.work(self.now);
+                self.stack.work(self.time());
             }
             Step::Take(count) => self.take(usize::from(*count)),
             Step::Reset => self.stack.reset(),
@@ -210,7 +217,7 @@ fuzz_target!(|steps: Vec<Step>| {
             Some(delay) => guest.now += delay,
             None => return,
         }
-        guest.stack.work(guest.now);
+        guest.stack.work(guest.time());
     }
     panic!("the service still waits for a guest that is gone");
 });

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::{DEFAULT_ADDRESS, MAC, Mmds, Stack};
+use super::super::{DEFAULT_ADDRESS, MAC, Mmds, Now, Stack};
 
 pub(crate) const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 pub(crate) const GUEST_MAC: [u8; 6] = [0x06, 0, 0, 0, 0, 2];
@@ -128,12 +128,13 @@ impl Link {
     }
 
     pub(crate) fn send(&mut self, frame: &[u8]) {
-        self.stack.receive(frame, self.now);
+        self.stack.receive(frame, self.time());
     }
 
     /// All frames that wait.
     pub(crate) fn frames(&mut self) -> Vec<Vec<u8>> {
-        std::iter::from_fn(|| self.stack.take_frame(self.now)).collect()
+        let now = self.time();
+        std::iter::from_fn(|| self.stack.take_frame(now)).collect()
     }
 
     pub(crate) fn segments(&mut self) -> Vec<Segment> {
@@ -143,8 +144,20 @@ impl Link {
     /// Lets time pass until the stack has something to do, and lets it.
     pub(crate) fn wait(&mut self) {
         let delay = self.stack.next_work(self.now).expect("something is due");
-        self.now += delay;
-        self.stack.work(self.now);
+        self.pass(delay);
+    }
+
+    /// Lets time pass, and the stack do what is due then.
+    pub(crate) fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.stack.work(self.time());
+    }
+
+    fn time(&self) -> Now {
+        Now {
+            interface: self.now,
+            tokens: self.now,
+        }
     }
 
     /// Opens a connection from this port.

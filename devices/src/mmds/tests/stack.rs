@@ -293,8 +293,7 @@ fn a_guest_that_takes_no_frames_is_not_waited_for() {
     for peer in &mut peers {
         peer.say(&mut link, ACK | PSH, b"GET /long HTTP/1.1\r\n\r\n");
     }
-    link.now += Duration::from_secs(1);
-    link.stack.work(link.now);
+    link.pass(Duration::from_secs(1));
     assert_eq!(link.stack.next_work(link.now), None);
     assert!(link.frames().len() > 32);
     assert!(link.stack.next_work(link.now).is_some());
@@ -366,8 +365,7 @@ proptest! {
                 }
             }
             link.send(&frame);
-            link.now += Duration::from_millis(u64::from(port % 500));
-            link.stack.work(link.now);
+            link.pass(Duration::from_millis(u64::from(port % 500)));
             link.frames();
         }
     }

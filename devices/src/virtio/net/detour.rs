@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::backend::HEADER_LEN;
-use crate::mmds::{self, Mmds, Stack};
+use crate::mmds::{self, Mmds, Now, Stack};
 use crate::random;
 use crate::timer::Timer;
 use crate::virtio::{Buffers, Clock};
@@ -31,22 +31,34 @@ struct Shared {
 }
 
 struct Service {
+    mmds: Arc<Mmds>,
     stack: Stack,
     timer: Timer,
     time: Stopwatch,
     frame: Vec<u8>,
 }
 
+impl Service {
+    fn now(&mut self, clock: &dyn Clock) -> Now {
+        let now = clock.now();
+        Now {
+            interface: self.time.read(now),
+            tokens: self.mmds.age(now),
+        }
+    }
+}
+
 impl Detour {
     pub(super) fn new(mmds: Arc<Mmds>) -> io::Result<Self> {
         let mut seed = [0; 8];
         random::fill(&mut seed)?;
-        let stack = Stack::new(mmds, u64::from_ne_bytes(seed), Duration::ZERO);
+        let stack = Stack::new(Arc::clone(&mmds), u64::from_ne_bytes(seed), Duration::ZERO);
         Ok(Self(Arc::new(Shared {
             address: stack.address(),
             has_frame: false.into(),
             stale: false.into(),
             service: Mutex::new(Service {
+                mmds,
                 stack,
                 timer: Timer::new()?,
                 time: Stopwatch::default(),
@@ -75,7 +87,7 @@ impl Detour {
         self.change(|service| {
             service.frame.resize(len, 0);
             frame.read(HEADER_LEN, &mut service.frame);
-            let now = service.time.read(clock.now());
+            let now = service.now(clock);
             service.stack.receive(&service.frame, now);
         });
         true
@@ -88,7 +100,7 @@ impl Detour {
             return 0;
         }
         self.change(|service| {
-            let now = service.time.read(clock.now());
+            let now = service.now(clock);
             service.stack.take_frame(now).map_or(0, |frame| {
                 let len = HEADER_LEN + frame.len();
                 out[..HEADER_LEN].fill(0);
@@ -101,7 +113,7 @@ impl Detour {
     /// Does what is due.
     pub(super) fn work(&self, clock: &dyn Clock) {
         self.change(|service| {
-            let now = service.time.read(clock.now());
+            let now = service.now(clock);
             service.stack.work(now);
         });
     }

@@ -3,20 +3,57 @@ use std::time::Duration;
 
 use super::super::MMDS_TOKEN;
 use super::*;
-use crate::mmds::tests::client::{ADDRESS, RST, SYN, arp, tcp};
+use crate::mmds::tests::client::{ACK, ADDRESS, PSH, RST, SYN, arp, tcp};
 use crate::mmds::tests::service;
-use crate::mmds::{DEFAULT_ADDRESS, Version};
+use crate::mmds::{DEFAULT_ADDRESS, Mmds, Version};
 use crate::testing::readable;
 
 const FEATURES: u64 = MRG_RXBUF | GUEST_CSUM | GUEST_TSO4;
 /// Where frames of the guest are, behind the receive buffers.
 const SENT: u64 = BUFFERS + 0x10_0000;
+/// Where TCP begins in the first receive buffer.
+const SEGMENT: u64 = 12 + 14 + 20;
 
 impl<'m> Guest<'m> {
     /// A guest whose card serves the metadata service.
     fn served(mem: &'m GuestMemory) -> Self {
-        let mmds = Arc::new(service(Version::V1));
-        Self::of(mem, 64, FEATURES, |net| net.with_mmds(mmds).unwrap())
+        Self::serving(mem, &Arc::new(service(Version::V1)))
+    }
+
+    /// A guest whose card serves this one.
+    fn serving(mem: &'m GuestMemory, mmds: &Arc<Mmds>) -> Self {
+        Self::of(mem, 64, FEATURES, |net| net.with_mmds(Arc::clone(mmds)).unwrap())
+    }
+
+    /// Asks on a new connection, whose port no other has, and gets an answer of one segment.
+    fn ask(&mut self, port: u16, request: &str) -> String {
+        let first = self.offer_rx(0, 1, 2048)[0];
+        self.speak(&tcp(80, port, (1, 0), SYN, b""));
+        assert_eq!(self.received()[0].0, first);
+        let seq = u32::from_be_bytes(self.bytes(SEGMENT + 4, 4).try_into().unwrap());
+        self.offer_rx(0, 1, 2048);
+        let ack = seq.wrapping_add(1);
+        self.speak(&tcp(80, port, (2, ack), ACK | PSH, request.as_bytes()));
+        let len = usize::try_from(self.received()[0].1).unwrap();
+        let offset = usize::try_from(SEGMENT).unwrap() + 20;
+        let end = 2 + u32::try_from(request.len()).unwrap();
+        self.speak(&tcp(80, port, (end, 0), RST, b""));
+        String::from_utf8(self.bytes(SEGMENT + 20, len - offset)).unwrap()
+    }
+
+    /// A token that is valid for a minute.
+    fn token(&mut self, port: u16) -> String {
+        let answer = self.ask(
+            port,
+            "PUT /latest/api/token HTTP/1.1\r\nX-metadata-token-ttl-seconds: 60\r\n\r\n",
+        );
+        answer[answer.len() - 32..].to_owned()
+    }
+
+    /// Whether a request with this token may read.
+    fn reads(&mut self, port: u16, token: &str) -> bool {
+        let request = format!("GET /text HTTP/1.1\r\nX-metadata-token: {token}\r\n\r\n");
+        self.ask(port, &request).starts_with("HTTP/1.1 200 ")
     }
 
     /// Sends a frame, its header apart, as Linux does.
@@ -187,4 +224,35 @@ fn limits_of_the_sending_direction_are_for_the_tap_only() {
     // The one frame of the limit is still there to be used.
     guest.speak(&arp(1, ADDRESS, Ipv4Addr::new(10, 0, 0, 1)));
     assert_eq!(guest.leaked(), Some(12 + 42));
+}
+
+#[test]
+fn a_token_is_valid_for_as_long_on_every_card() {
+    let (mem, other_mem) = (ram(), ram());
+    let mmds = Arc::new(service(Version::V2));
+    let (mut early, mut late) = (Guest::serving(&mem, &mmds), Guest::serving(&other_mem, &mmds));
+    late.recorder = Arc::clone(&early.recorder);
+    early.speak(&arp(1, ADDRESS, DEFAULT_ADDRESS));
+    early.offer_rx(0, 1, 2048);
+    early.kick_rx();
+    assert_eq!(early.received().len(), 1);
+    early.recorder.pass(Duration::from_secs(100));
+    let (from_late, from_early) = (late.token(1000), early.token(1000));
+    early.recorder.pass(Duration::from_millis(59_999));
+    assert!(early.reads(1001, &from_late) && late.reads(1001, &from_late));
+    assert!(early.reads(1002, &from_early) && late.reads(1002, &from_early));
+    early.recorder.pass(Duration::from_millis(1));
+    assert!(!early.reads(1003, &from_late) && !late.reads(1003, &from_late));
+    assert!(!early.reads(1004, &from_early) && !late.reads(1004, &from_early));
+}
+
+#[test]
+fn a_token_ends_during_a_pause_too() {
+    let mem = ram();
+    let mut guest = Guest::serving(&mem, &Arc::new(service(Version::V2)));
+    let token = guest.token(1000);
+    assert!(guest.reads(1001, &token));
+    guest.call(|net, io| net.quiesce(io)).unwrap();
+    guest.recorder.pass(Duration::from_secs(60));
+    assert!(!guest.reads(1002, &token));
 }
