@@ -64,7 +64,10 @@ pub enum OpenError {
 #[derive(Debug)]
 pub(super) struct Listener {
     socket: UnixListener,
+    /// As the user wrote it: an address has few bytes, and a relative path may need fewer of them.
     path: PathBuf,
+    /// What is removed in the end, even after a change of the working directory.
+    file: PathBuf,
     device: u64,
     inode: u64,
 }
@@ -74,14 +77,14 @@ impl Listener {
     pub(super) fn bind(path: &Path) -> Result<Self, OpenError> {
         let failed = |source| bind_error(path, source);
         let socket = UnixListener::bind(path).map_err(failed)?;
-        // Absolute, so that the file is found again after a change of the working directory.
-        let absolute = std::path::absolute(path).map_err(failed)?;
-        let file = fs::symlink_metadata(&absolute).map_err(failed)?;
+        let file = std::path::absolute(path).map_err(failed)?;
+        let metadata = fs::symlink_metadata(&file).map_err(failed)?;
         let listener = Self {
             socket,
-            path: absolute,
-            device: file.dev(),
-            inode: file.ino(),
+            path: path.to_owned(),
+            file,
+            device: metadata.dev(),
+            inode: metadata.ino(),
         };
         listener.socket.set_nonblocking(true).map_err(failed)?;
         Ok(listener)
@@ -120,10 +123,10 @@ impl AsRawFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let is_ours = fs::symlink_metadata(&self.path)
+        let is_ours = fs::symlink_metadata(&self.file)
             .is_ok_and(|file| file.dev() == self.device && file.ino() == self.inode);
-        if is_ours && let Err(error) = fs::remove_file(&self.path) {
-            log::warn!("vsock: cannot remove the socket {:?}: {error}", self.path);
+        if is_ours && let Err(error) = fs::remove_file(&self.file) {
+            log::warn!("vsock: cannot remove the socket {:?}: {error}", self.file);
         }
     }
 }

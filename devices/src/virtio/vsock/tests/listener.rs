@@ -1,6 +1,7 @@
 //! The socket's file.
 
 use std::fs;
+use std::path::Path;
 
 use super::super::OpenError;
 use super::*;
@@ -71,4 +72,24 @@ fn takes_the_longest_path_that_the_kernel_takes() {
     assert!(build(folder.as_path().join("x".repeat(len))).is_ok());
     let error = build(folder.as_path().join("x".repeat(len + 1))).err().unwrap();
     assert!(matches!(error, OpenError::Config(_)), "{error}");
+}
+
+#[test]
+fn a_relative_path_is_as_long_as_it_was_written() {
+    let folder = TempDir::new().unwrap();
+    // The same folder, from the working directory.
+    let here = std::env::current_dir().unwrap();
+    let up = "../".repeat(here.components().count() - 1);
+    let relative = Path::new(&up).join(folder.as_path().strip_prefix("/").unwrap());
+    let len = super::super::MAX_PATH - relative.as_os_str().len() - 1 - "_80".len();
+    let path = relative.join("x".repeat(len));
+    let to_port = format!("{}_80", path.display());
+    let mem = ram();
+    let mut guest = Guest::at(&mem, folder, path.clone());
+    guest.offer(1, 4096);
+    let _listener = UnixListener::bind(to_port).unwrap();
+    guest.send(Op::Request, Ports { host: 80, guest: 1 });
+    assert_eq!(guest.control().op, Op::Response as u16);
+    drop(guest.vsock);
+    assert!(!path.exists());
 }

@@ -66,7 +66,13 @@ impl<'m> Guest<'m> {
 
     fn without_buffers(mem: &'m GuestMemory) -> Self {
         let folder = TempDir::new().unwrap();
-        let vsock = config(folder.as_path().join("v")).build().unwrap();
+        let path = folder.as_path().join("v");
+        Self::at(mem, folder, path)
+    }
+
+    /// A guest whose device is at `path`.
+    fn at(mem: &'m GuestMemory, folder: TempDir, path: PathBuf) -> Self {
+        let vsock = config(path).build().unwrap();
         let drivers = [0x1000, 0x1_0000, 0x2_0000].map(|base| Driver::new(mem, base, SIZE));
         let queues = [0, 1, 2].map(|i: usize| drivers[i].queue(false));
         let [rx, tx, event] = drivers;
