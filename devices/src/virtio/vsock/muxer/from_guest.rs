@@ -60,7 +60,10 @@ impl Muxer {
         }
         match stream.connection.on_packet(op, header) {
             Event::Updated | Event::Shutdown => {}
-            Event::Accepted => self.greet(slot),
+            Event::Accepted => {
+                self.clear_deadline(slot);
+                self.greet(slot);
+            }
             Event::Data => {
                 if !self.on_data(slot, payload) {
                     return self.kill(slot);

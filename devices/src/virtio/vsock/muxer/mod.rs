@@ -35,6 +35,8 @@ pub const MAX_CONNECTIONS: u32 = 1024;
 const MAX_RESETS: usize = 256;
 /// How long the guest may take to end a connection that the host has closed; Linux waits as long.
 pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long the guest may take to answer a host program's request once it has it.
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a host program is tried that has no room for a connection.
 const CONNECT_TRIES: u32 = 100;
 /// When something is tried again of whose possibility no event tells.
@@ -273,13 +275,11 @@ impl Muxer {
 
     /// Forgets an entry, and closes its socket.
     fn remove(&mut self, slot: u32) {
+        self.clear_deadline(slot);
         let Some(Endpoint::Stream(mut stream)) = self.slots.remove(slot) else {
             return;
         };
         stream.pending.clear(&mut self.spare);
-        if let Some(deadline) = stream.deadline {
-            self.deadlines.remove(&(deadline, slot));
-        }
         let ports = stream.connection.ports;
         if self.ports.get(&ports) == Some(&slot) {
             self.ports.remove(&ports);
@@ -297,6 +297,13 @@ impl Muxer {
         self.deadlines.insert((deadline, slot));
         if self.deadlines.first() == Some(&(deadline, slot)) {
             self.set_timer();
+        }
+    }
+
+    fn clear_deadline(&mut self, slot: u32) {
+        let deadline = self.stream(slot).and_then(|stream| stream.deadline.take());
+        if let Some(deadline) = deadline {
+            self.deadlines.remove(&(deadline, slot));
         }
     }
 

@@ -3,9 +3,10 @@
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 
-use super::{Endpoint, Muxer};
+use super::{Endpoint, Muxer, REQUEST_TIMEOUT};
 use crate::virtio::QueueError;
 use crate::virtio::vsock::Progress;
+use crate::virtio::vsock::connection::Phase;
 use crate::virtio::vsock::packet::{MAX_PAYLOAD, SHUTDOWN_SEND};
 use crate::virtio::vsock::room::Room;
 
@@ -50,8 +51,13 @@ impl Muxer {
             return Ok(());
         };
         if let Some(header) = stream.connection.next_packet(guest_cid) {
+            // Before its answer the guest gets nothing but the request.
+            let is_request = stream.connection.phase() == Phase::Requested;
             room.put(header);
             self.metrics.rx_packets_count += 1;
+            if is_request {
+                self.set_deadline(slot, REQUEST_TIMEOUT);
+            }
             self.schedule(slot);
             return Ok(());
         }

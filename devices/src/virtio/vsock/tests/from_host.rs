@@ -1,5 +1,8 @@
 //! Connections that programs of the host begin.
 
+use std::time::Instant;
+
+use super::super::muxer::REQUEST_TIMEOUT;
 use super::*;
 
 #[test]
@@ -122,6 +125,51 @@ fn a_program_may_close_its_direction_before_the_answer() {
     guest.send_data(ports, b"answer");
     program.set_nonblocking(true).unwrap();
     assert_eq!(read_now(&mut program), format!("OK {host}\nanswer").into_bytes());
+}
+
+#[test]
+fn a_request_that_the_guest_does_not_answer_ends_in_time() {
+    let mem = ram();
+    let mut guest = Guest::new(&mem);
+    let mut program = guest.program("CONNECT 52\n");
+    guest.poll();
+    let host = guest.control().src_port;
+    program.set_nonblocking(true).unwrap();
+    guest.vsock.muxer.expire(Instant::now());
+    assert!(!at_end(&mut program));
+    guest.vsock.muxer.expire(Instant::now() + REQUEST_TIMEOUT);
+    assert!(at_end(&mut program));
+    guest.kick(RX);
+    assert_eq!(guest.control().op, Op::Reset as u16);
+    assert_eq!(guest.counter("conns_killed"), 1);
+    guest.send(Op::Response, Ports { host, guest: 52 });
+    assert_eq!(guest.control().op, Op::Reset as u16);
+}
+
+#[test]
+fn the_time_to_answer_begins_when_the_guest_has_the_request() {
+    let mem = ram();
+    let mut guest = Guest::without_buffers(&mem);
+    let mut program = guest.program("CONNECT 52\n");
+    guest.poll();
+    program.set_nonblocking(true).unwrap();
+    guest.vsock.muxer.expire(Instant::now() + REQUEST_TIMEOUT);
+    assert!(!at_end(&mut program));
+    guest.offer(2, 4096);
+    guest.kick(RX);
+    assert_eq!(guest.control().op, Op::Request as u16);
+    guest.vsock.muxer.expire(Instant::now() + REQUEST_TIMEOUT);
+    assert!(at_end(&mut program));
+}
+
+#[test]
+fn an_accepted_request_has_no_time_out() {
+    let mem = ram();
+    let mut guest = Guest::new(&mem);
+    let (mut program, ports) = guest.connected();
+    guest.vsock.muxer.expire(Instant::now() + REQUEST_TIMEOUT);
+    guest.send_data(ports, b"still here");
+    assert_eq!(read_now(&mut program), b"still here");
 }
 
 #[test]
