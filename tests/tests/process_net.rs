@@ -92,7 +92,10 @@ fn a_tap_that_cannot_be_had_leaves_everything_as_it_was() -> Result {
     let before = shown(&vm)?;
     let limit = json!({"ops": {"size": 1, "refill_time": 1000}});
     for (name, reason) in [
-        (others.name(), "the tap 'mfpnet5' is in use already"),
+        (
+            others.name(),
+            "the tap 'mfpnet5' is already used by interface 'net1'",
+        ),
         ("lo", "'lo' is not a single-queue tap"),
         ("not a name", "'not a name' is not an interface name"),
     ] {
@@ -102,6 +105,29 @@ fn a_tap_that_cannot_be_had_leaves_everything_as_it_was() -> Result {
         assert_eq!(shown(&vm)?, before);
         assert!(is_taken(&own)? && is_taken(&others)?);
     }
+    Ok(())
+}
+
+#[test]
+fn two_cards_cannot_have_one_tap() -> Result {
+    let (own, other) = (tap(12)?, tap(13)?);
+    let card = |id: &str, tap: &Tap| json!({"iface_id": id, "host_dev_name": tap.name()});
+    let monitor = MonitorBuilder::new("net-twins")?.start()?;
+    let put = |id: &str, tap: &Tap| monitor.put(&format!("/network-interfaces/{id}"), &card(id, tap));
+    let words = ["the tap 'mfpnet12' is already used by interface 'net0'"];
+    put("net0", &own)?.success()?;
+    put("net0", &own)?.success()?;
+    put("net1", &own)?.assert_refused(&words);
+    put("net1", &other)?.success()?;
+    put("net1", &own)?.assert_refused(&words);
+    let config = monitor.get("/vm/config")?.json()?;
+    assert_eq!(config["network-interfaces"][1]["host_dev_name"], other.name());
+
+    // What comes later is checked too.
+    drop(monitor);
+    let vm = start("net-twins", [Net::new("net0", &own)])?;
+    vm.put("/network-interfaces/net1", &card("net1", &own))?
+        .assert_refused(&words);
     Ok(())
 }
 

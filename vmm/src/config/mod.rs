@@ -120,7 +120,7 @@ pub enum ConfigError {
         /// Who has it.
         id: String,
     },
-    /// Two network interfaces with several queues on one tap, of which the kernel refuses none.
+    /// Two network interfaces on one tap.
     #[error("Network config error: the tap '{tap}' is already used by interface '{id}'")]
     TapInUse {
         /// The tap.
@@ -340,11 +340,8 @@ impl VmConfig {
                 id: other.iface_id.clone(),
             });
         }
-        let shares = |n: &&net::Config| {
-            let (several, others) = (net.queue_count() > 1, n.queue_count() > 1);
-            n.iface_id != net.iface_id && n.host_dev_name == net.host_dev_name && several && others
-        };
-        if let (Some(tap), Some(other)) = (&net.host_dev_name, self.network_interfaces.iter().find(shares)) {
+        let twin = |n: &&net::Config| n.iface_id != net.iface_id && n.host_dev_name == net.host_dev_name;
+        if let (Some(tap), Some(other)) = (&net.host_dev_name, self.network_interfaces.iter().find(twin)) {
             return Err(ConfigError::TapInUse {
                 tap: tap.clone(),
                 id: other.iface_id.clone(),
