@@ -4,9 +4,9 @@
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use super::backend::{Backend, HEADER_LEN};
+use super::backend::{self, Backend, HEADER_LEN, MAX_FRAME_LEN};
 use super::pairs::HostQueues;
-use super::{BACKEND_TOKEN, LinkState, MacAddr, Net, Patch};
+use super::{BACKEND_TOKEN, LinkState, MacAddr, Net, Patch, feature};
 use crate::virtio::{Buffers, Io, UpdateError, Vector};
 
 /// `status` in the configuration space (virtio 1.2 §5.1.4): the link is up.
@@ -131,6 +131,10 @@ pub(super) fn open_other<B: Backend>(
             op: format!("set the offloads of the tap '{name}'"),
             source,
         })?;
+        // Frames that came before may be more than the driver can take.
+        if other.offloads() & feature::GUEST_OFFLOADS & !offloads != 0 {
+            backend::discard(other, &mut vec![0; MAX_FRAME_LEN]);
+        }
     }
     Ok(others)
 }

@@ -143,6 +143,24 @@ fn gives_the_other_tap_the_offloads_of_the_driver() {
 }
 
 #[test]
+fn what_came_to_the_other_tap_before_it_had_the_offloads_of_the_driver_is_lost() {
+    let mem = ram();
+    for (features, lengths) in [
+        (MRG_RXBUF | GUEST_CSUM, vec![100]),
+        (MRG_RXBUF | GUEST_CSUM | GUEST_TSO4, vec![3000, 100]),
+    ] {
+        let mut guest = Guest::with(&mem, 8, features);
+        guest.offer_rx(0, 2, 4096);
+        guest.patch(r#""host_dev_name":"busy""#).unwrap();
+        let other = guest.others.lock().unwrap().pop().unwrap();
+        other.send(&frame(100, 1)).unwrap();
+        guest.tap_event();
+        let received: Vec<_> = guest.received().iter().map(|(_, len)| *len).collect();
+        assert_eq!(received, lengths);
+    }
+}
+
+#[test]
 fn tells_the_network_where_the_guest_is_after_a_move_and_when_the_link_comes_up() {
     let mem = ram();
     let mut guest = Guest::new(&mem, 8);

@@ -87,14 +87,17 @@ impl Backend for FakeTap {
         Ok(())
     }
 
-    /// There are two others, and somebody else has one of them.
+    /// There are others: an idle one, one to which a frame has come already, and one that somebody else has.
     fn open_other(&self, name: &str, queues: u16) -> Result<Vec<Self>, OpenError> {
         match name {
             "tap0" => Ok(Vec::new()),
-            "tap1" => {
+            "tap1" | "busy" => {
                 let other = |_| {
                     let (mut other, wire) = Self::new();
                     other.set = Arc::clone(&self.set);
+                    if name == "busy" {
+                        wire.send(&frame(3000, 9)).unwrap();
+                    }
                     self.others.lock().unwrap().push(wire);
                     other
                 };
