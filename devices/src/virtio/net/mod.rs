@@ -284,6 +284,7 @@ impl<B: Backend> Net<B> {
             // Of two queues with more to do, only one can be asked for. A turn of the transmit queue leads here again.
             io.again.get_or_insert(rx);
         }
+        self.rx.has_more = progress == Progress::More || only_detour && self.rx.has_more;
         self.rx.throttle.settle(io.clock)
     }
 
@@ -335,7 +336,10 @@ impl<B: Backend + 'static> VirtioDevice for Net<B> {
             self.control(queue, io)
         } else if queue == self.tx_queue() {
             self.metrics.tx_queue_event_count += 1;
-            self.transmit(io)
+            self.transmit(io).and_then(|()| match self.rx.has_more {
+                true => self.receive(false, io),
+                false => Ok(()),
+            })
         } else {
             self.metrics.rx_queue_event_count += 1;
             self.receive(false, io)

@@ -26,6 +26,8 @@ pub(super) struct Rx {
     pub(super) mergeable: bool,
     /// Limits what is received.
     pub(super) throttle: Throttle,
+    /// The last turn ended before all was received.
+    pub(super) has_more: bool,
     /// How many bytes to gather before a read.
     expected: usize,
     /// Takes the end of a frame that is longer than expected.
@@ -67,6 +69,7 @@ impl Rx {
         Self {
             mergeable: false,
             throttle,
+            has_more: false,
             expected: ORDINARY_FRAME_LEN,
             spill: vec![0; MAX_FRAME_LEN].into(),
             held: 0,
@@ -76,6 +79,7 @@ impl Rx {
     /// Forgets the driver and the frame that waits.
     pub(super) fn reset(&mut self) {
         self.drop_held();
+        self.has_more = false;
         self.throttle.reset();
     }
 

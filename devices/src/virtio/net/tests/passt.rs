@@ -73,6 +73,12 @@ impl<'m> OnPasst<'m> {
         self.call(|net, io| net.on_queue(TX, io)).unwrap();
     }
 
+    fn offer_rx(&mut self, count: usize) {
+        for _ in 0..count {
+            self.rx.offer(&[writable(BUFFERS + 0x1_0000, 1536)]);
+        }
+    }
+
     fn carrier(&self) -> u8 {
         self.net.config_space()[6]
     }
@@ -149,6 +155,44 @@ fn leaves_frames_in_the_queue_while_the_peer_does_not_read() {
     }
     reader.join().unwrap();
     assert_eq!(guest.net.metrics()["tx_fails"], 0);
+}
+
+#[test]
+fn both_queues_go_on_when_both_have_more_than_one_turn() {
+    let mem = ram();
+    let mut guest = OnPasst::new(&mem);
+    // One frame waits in the queue, and 63 come behind it.
+    loop {
+        guest.send_frames(1, 65_000);
+        if guest.tx.used().is_none() {
+            break;
+        }
+    }
+    for _ in 0..63 {
+        guest.tx.offer(&[readable(BUFFERS, 100)]);
+    }
+    guest.peer.set_nonblocking(true).unwrap();
+    let mut bytes = vec![0; 1 << 20];
+    while guest.peer.read(&mut bytes).is_ok() {}
+    guest.peer.write_all(&wired(&frame(100, 1)).repeat(70)).unwrap();
+
+    let (mut received, mut again) = (0, None);
+    guest.offer_rx(64);
+    guest.call(|net, io| {
+        net.on_event(0, io).unwrap();
+        again = io.again;
+    });
+    while let Some(queue) = again {
+        let count = std::iter::from_fn(|| guest.rx.used()).count();
+        guest.offer_rx(count);
+        received += count;
+        guest.call(|net, io| {
+            net.on_queue(queue, io).unwrap();
+            again = io.again;
+        });
+    }
+    received += std::iter::from_fn(|| guest.rx.used()).count();
+    assert_eq!(received, 70);
 }
 
 #[test]
