@@ -7,11 +7,11 @@
 //! ```text
 //! let mut ring = queue.open(mem)?;
 //! loop {
-//!     while ring.pop(&mut chain)? { serve(&chain); ring.push(chain.head(), written)?; }
-//!     ring.publish()?;                        // makes the answers visible
+//!     while ring.pop(&mut chain)? { serve(&chain); ring.push(chain.head(), written); }
+//!     ring.publish();                         // makes the answers visible
 //!     if !ring.enable_notify()? { break }     // nothing came in the meantime
 //! }
-//! if ring.needs_interrupt()? { irq.raise(..) }
+//! if ring.needs_interrupt() { irq.raise(..) }
 //! ```
 
 mod handover;
@@ -129,8 +129,8 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Checks what the driver set up and makes a queue at position zero. A queue that is not ready is kept as it
-    /// is: every use of it finds it empty.
+    /// Checks what the driver set up and makes a queue at position zero. A queue that is not ready is kept as it is, and
+    /// cannot be opened.
     pub fn new(config: QueueConfig, event_idx: bool, mem: &GuestMemory) -> Result<Self, QueueError> {
         let mut queue = Self {
             config,
