@@ -56,6 +56,11 @@ impl Tap {
         Ok(tap)
     }
 
+    /// Gives a tap that somebody else has made an address, and puts it up.
+    pub fn set_up(name: &str, address: Ipv4Addr) -> Result {
+        Ok(configure(name, address)?)
+    }
+
     /// Lets a user without rights attach to it.
     pub fn give_to(&self, user: u32) -> Result {
         let tun = attach(&self.name, self.queues)?;

@@ -1,11 +1,11 @@
 //! Network cards: real TCP between a guest and this process, through a tap.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly_tests::network::{Network, Subnet, assert_received};
+use mayfly_tests::network::{Network, Server, Subnet, assert_received};
 use mayfly_tests::{Failure, GUEST_TIMEOUT, Guest, Net, Result, Scratch, Tap, TestVm, pattern};
 
 fn boot(name: &str, number: u8, machine: impl FnOnce(TestVm) -> TestVm) -> Result<Network> {
@@ -101,10 +101,21 @@ fn assert_the_tap_outlives_the_machine(network: Network) -> Result {
 }
 
 #[test]
-fn a_tap_made_by_the_monitor_goes_with_it() -> Result {
-    let vm = TestVm::new("net-own").net(Net::on("net0", "mftest3")).boot()?;
-    assert!(Tap::exists("mftest3"));
+fn a_tap_made_by_the_monitor_carries_tcp_and_goes_with_it() -> Result {
+    let subnet = Subnet(3);
+    let vm = TestVm::new("net-own")
+        .net(Net::on("net0", "mftest3"))
+        .boot_arg(&subnet.boot_arg())
+        .boot()?;
+    Tap::set_up("mftest3", subnet.host())?;
     assert!(vm.guest().check("cat /sys/class/net/eth0/address")?.len() == 17);
+    let server = Server::start(subnet.host(), |stream| io::copy(&mut &stream, &mut &stream))?;
+    vm.guest().check(&format!(
+        "seq 100000 >/tmp/sent && timeout 100 nc {} {} </tmp/sent | cmp - /tmp/sent",
+        subnet.host(),
+        server.port()
+    ))?;
+    assert_eq!(server.join()?, 588_895);
     vm.guest().run_last("reboot -f")?;
     assert_eq!(vm.wait_exit()?, 0);
     assert!(!Tap::exists("mftest3"));
