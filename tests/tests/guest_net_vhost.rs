@@ -1,10 +1,14 @@
 //! A guest whose frames the host's kernel moves (vhost-net).
 
+use std::net::{Ipv4Addr, UdpSocket};
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
 use mayfly_tests::network::{Network, Subnet};
-use mayfly_tests::{Failure, Net, Result, Scratch, TestVm, pattern};
+use mayfly_tests::{
+    Failure, GUEST_TIMEOUT, Net, Result, Scratch, Tap, TestVm, TinyKernel, pattern, wait_until,
+};
 use serde_json::{Value, json};
 
 const MAC: &str = "06:00:0a:4d:32:02";
@@ -65,6 +69,13 @@ fn tcp_works_both_ways_on_mmio() -> Result {
     assert_mayfly_moved_nothing(&network)
 }
 
+/// Datagrams that came for a port where nobody listens.
+fn stray_datagrams(network: &Network) -> Result<String> {
+    let counters = network.vm.guest().check("grep ^Udp: /proc/net/snmp")?;
+    let values = counters.lines().last().unwrap_or_default();
+    Ok(values.split(' ').nth(2).unwrap_or_default().to_owned())
+}
+
 #[test]
 fn frames_pass_only_while_machine_and_link_say_so() -> Result {
     let network = boot("vhost-stops", 52, |vm| vm)?;
@@ -75,11 +86,19 @@ fn frames_pass_only_while_machine_and_link_say_so() -> Result {
     network.patch("link_state", "down")?;
     network.await_carrier(0)?;
     assert!(!network.guest_reaches_host()?);
+    let stray = stray_datagrams(&network)?;
+    let socket = UdpSocket::bind((network.subnet().host(), 0))?;
+    socket.send_to(b"lost", (network.subnet().guest(), 9))?;
     network.vm.pause()?;
     network.patch("link_state", "up")?;
     network.vm.resume()?;
     network.await_carrier(1)?;
     assert_tcp_works(&network)?;
+    assert_eq!(stray_datagrams(&network)?, stray);
+    socket.send_to(b"found", (network.subnet().guest(), 9))?;
+    wait_until("a datagram", GUEST_TIMEOUT, || {
+        stray_datagrams(&network).is_ok_and(|now| now != stray)
+    })?;
 
     let other = Subnet(53);
     let tap = other.tap()?;
@@ -112,12 +131,127 @@ fn memory_comes_and_goes_while_frames_pass() -> Result {
     let scratch = Scratch::new("vhost-memory")?;
     let file = scratch.file("pmem", pattern(Network::AMOUNT))?;
     let pmem: Value = json!({"id": "hot", "path_on_host": file});
-    vm.put("/pmem/hot", &pmem)?.success()?;
-    vm.guest()
-        .check("n=0; until [ -b /dev/pmem0 ]; do n=$((n + 1)); [ $n -lt 300 ] || exit 1; sleep 0.1; done")?;
+    let plug = || -> Result {
+        vm.put("/pmem/hot", &pmem)?.success()?;
+        let appears =
+            "n=0; until [ -b /dev/pmem0 ]; do n=$((n + 1)); [ $n -lt 300 ] || exit 1; sleep 0.1; done";
+        vm.guest().check(appears).map(drop)
+    };
+    let unplug = || -> Result {
+        let answer = vm.request("DELETE", "/pmem/hot", r#"{"timeout_ms": 20000}"#)?;
+        answer.success().map(drop)
+    };
+    plug()?;
     assert_tcp_works(&network)?;
-    vm.request("DELETE", "/pmem/hot", r#"{"timeout_ms": 20000}"#)?
-        .success()?;
+    unplug()?;
     assert_tcp_works(&network)?;
-    assert_mayfly_moved_nothing(&network)
+    assert_mayfly_moved_nothing(&network)?;
+
+    // A card without a driver holds nothing that has gone.
+    let is_mapped = || -> Result<bool> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid()))?;
+        Ok(maps.contains(&file.display().to_string()))
+    };
+    plug()?;
+    vm.guest().check(
+        "device=$(basename $(readlink -f /sys/class/net/eth0/device)) && \
+         echo $device >/sys/bus/virtio/drivers/virtio_net/unbind",
+    )?;
+    assert!(is_mapped()?);
+    unplug()?;
+    assert!(!is_mapped()?);
+    Ok(())
+}
+
+/// The register window of the first virtio-mmio device, and some of its registers (virtio 1.2 §4.2.2).
+const MMIO: u32 = 0xc000_1000;
+const DRIVER_FEATURES: u32 = MMIO + 0x20;
+const DRIVER_FEATURES_SEL: u32 = MMIO + 0x24;
+const QUEUE_SEL: u32 = MMIO + 0x30;
+const QUEUE_NUM: u32 = MMIO + 0x38;
+const QUEUE_READY: u32 = MMIO + 0x44;
+const QUEUE_NOTIFY: u32 = MMIO + 0x50;
+const STATUS: u32 = MMIO + 0x70;
+const QUEUE_DESC: u32 = MMIO + 0x80;
+const QUEUE_DRIVER: u32 = MMIO + 0x90;
+const QUEUE_DEVICE: u32 = MMIO + 0xa0;
+/// Entries of each queue, and where the rings are.
+const SIZE: u32 = 64;
+const RINGS: [u32; 2] = [0x20_0000, 0x21_0000];
+const AVAIL: u32 = 0x1000;
+const USED: u32 = 0x2000;
+
+/// A driver that offers receive buffers, and at a key breaks the transmit queue: its index runs far ahead.
+fn breaking_driver() -> TinyKernel {
+    let [rx, tx] = RINGS;
+    let mut kernel = TinyKernel::new()
+        .print("up\n")
+        .store(STATUS, 3)
+        .store(DRIVER_FEATURES_SEL, 1)
+        .store(DRIVER_FEATURES, 1)
+        .store(STATUS, 11);
+    for (queue, ring) in (0..).zip(RINGS) {
+        kernel = kernel
+            .store(QUEUE_SEL, queue)
+            .store(QUEUE_NUM, SIZE)
+            .store(QUEUE_DESC, ring)
+            .store(QUEUE_DRIVER, ring + AVAIL)
+            .store(QUEUE_DEVICE, ring + USED)
+            .store(QUEUE_READY, 1);
+    }
+    kernel
+        // One writable buffer, offered as often as the ring has entries.
+        .store(rx, 0x30_0000)
+        .store(rx + 8, 0x1000)
+        .store(rx + 12, 2)
+        .store(rx + AVAIL, SIZE << 16)
+        .store(STATUS, 15)
+        .store(QUEUE_NOTIFY, 0)
+        .wait_for_key()
+        .store(tx + AVAIL, 1000 << 16)
+        .store(QUEUE_NOTIFY, 1)
+        .print("broken\n")
+        .halt()
+}
+
+/// A counter of what the host has sent by a tap.
+fn sent(tap: &Tap, what: &str) -> Result<u64> {
+    let path = format!("/sys/class/net/{}/statistics/tx_{what}", tap.name());
+    Ok(std::fs::read_to_string(path)?.trim().parse()?)
+}
+
+#[test]
+fn an_error_of_one_queue_stops_the_other_too() -> Result {
+    require_vhost()?;
+    let (scratch, subnet) = (Scratch::new("vhost-broken")?, Subnet(56));
+    let tap = subnet.tap()?;
+    let vm = TestVm::new("vhost-broken")
+        .kernel(breaking_driver().write(&scratch)?)
+        .mmio()
+        .net(Net::new("net0", &tap).with("vhost", true))
+        .start()?;
+    let socket = UdpSocket::bind((subnet.host(), 0))?;
+    socket.set_broadcast(true)?;
+    let [a, b, c, _] = subnet.host().octets();
+    let send = || socket.send_to(b"to all", (Ipv4Addr::new(a, b, c, 255), 9));
+    send()?;
+    wait_until("a frame for the guest", GUEST_TIMEOUT, || {
+        sent(&tap, "packets").is_ok_and(|count| count > 0)
+    })?;
+
+    let mut events = vm.events()?;
+    events.wait_for("subscribed")?;
+    vm.type_in(b"x")?;
+    let event = events.wait_for("device_needs_reset")?;
+    assert_eq!(event["id"], "net0");
+    assert!(vm.console().wait_for("broken\n", Instant::now() + GUEST_TIMEOUT));
+    // The tap fills up, as nobody takes what it has.
+    let taken = sent(&tap, "packets")?;
+    wait_until("a full tap", GUEST_TIMEOUT, || {
+        let is_sent = (0..100).all(|_| send().is_ok());
+        is_sent && sent(&tap, "dropped").is_ok_and(|count| count > 0)
+    })?;
+    assert_eq!(sent(&tap, "packets")?, taken);
+    assert_eq!(vm.counted("net", "event_fails")?, 1);
+    Ok(())
 }

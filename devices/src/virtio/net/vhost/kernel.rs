@@ -57,9 +57,18 @@ impl Kernel {
     /// Tells it where the guest's memory is.
     pub(super) fn set_memory(&self, mem: &GuestMemory) -> Result<(), vhost::Error> {
         self.vhost.set_mem_table(&regions(mem))?;
-        let known = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        known.replace(mem.clone());
+        self.keep(mem.clone());
         Ok(())
+    }
+
+    /// Lets go of the guest's memory. No queue is served, and before one is, the kernel is told anew.
+    pub(super) fn forget_memory(&self) {
+        self.keep(GuestMemory::new());
+    }
+
+    fn keep(&self, mem: GuestMemory) {
+        let known = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        known.replace(mem);
     }
 
     /// Tells it where a queue is, and how far it was served.

@@ -22,7 +22,7 @@ use serde_json::Value;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::kernel::{Kernel, Signals};
-use super::backend::{Backend, MAX_FRAME_LEN};
+use super::backend::{self, Backend, MAX_FRAME_LEN};
 use super::{
     Config, LinkState, MacAddr, Metrics, OpenError, Patch, RX, TX, Tap, config_space, device_info, feature,
     host, link,
@@ -101,7 +101,7 @@ impl Vhost {
             let set = self.tap.set_offloads(offloads);
             set.map_err(host("set the offloads of the tap"))?;
             if self.offloads & !offloads != 0 {
-                self.discard();
+                discard(&mut self.tap);
             }
             self.offloads = offloads;
         }
@@ -181,18 +181,24 @@ impl Vhost {
 
     /// Makes the changes that the user asks for. What can fail comes first.
     fn change(&mut self, patch: &Patch, io: &Io<'_>) -> Result<(), UpdateError> {
-        let other = match &patch.host_dev_name {
+        let mut other = match &patch.host_dev_name {
             Some(name) => link::open_other(&self.tap, name, 1, self.offloads)?.pop(),
             None => None,
         };
         let before = self.link;
         let after = patch.link_state.unwrap_or(before);
+        let came = before == LinkState::Down && after == LinkState::Up;
+        if came {
+            discard(other.as_mut().unwrap_or(&mut self.tap));
+        }
         if self.phase == Phase::Running && (other.is_some() || before != after) {
             let old = (before == LinkState::Up).then_some(&self.tap);
             let new = (after == LinkState::Up).then_some(other.as_ref().unwrap_or(&self.tap));
             if let Err(error) = self.connect(io, new) {
-                // What was served before still can be.
-                let _ = self.connect(io, old);
+                if self.connect(io, old).is_err() {
+                    // The loop comes to know that the device is broken.
+                    let _ = self.error.write(1);
+                }
                 return Err(UpdateError::Device(error.into()));
             }
         }
@@ -202,19 +208,27 @@ impl Vhost {
         }
         self.link = after;
         self.config_space[link::STATUS].copy_from_slice(&link::status(after == LinkState::Up));
-        if after == LinkState::Up && (moved || before == LinkState::Down) {
+        if after == LinkState::Up && (moved || came) {
             link::announce(&mut self.tap, self.guest_mac, &self.iface_id);
         }
         Ok(())
     }
 
-    /// Throws away what waits in the tap: it was made for a driver that could take more.
-    fn discard(&mut self) {
-        super::backend::discard(&mut self.tap, &mut vec![0; MAX_FRAME_LEN]);
+    /// Stops the kernel, in whatever state the queues are.
+    fn halt(&mut self) {
+        self.phase = Phase::Waiting;
+        for index in 0..2 {
+            // Of a queue that the driver has not set up there is nothing to be stopped.
+            let _ = self.kernel.set_tap(index, None);
+        }
     }
 
+    /// Ends an event. After an error nobody calls before the driver's reset, not for a pause either, so nothing may go on.
     fn checked(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
-        self.metrics.event_fails += u64::from(result.is_err());
+        if result.is_err() {
+            self.metrics.event_fails += 1;
+            self.halt();
+        }
         result
     }
 }
@@ -273,12 +287,10 @@ impl VirtioDevice for Vhost {
 
     fn reset(&mut self) {
         if self.phase == Phase::Running {
-            for index in 0..2 {
-                // Of a queue that the driver has not set up there is nothing to be stopped.
-                let _ = self.kernel.set_tap(index, None);
-            }
+            self.halt();
         }
         self.phase = Phase::Idle;
+        self.kernel.forget_memory();
     }
 
     fn update(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError> {
@@ -296,6 +308,11 @@ impl VirtioDevice for Vhost {
     fn metrics(&self) -> Value {
         serde_json::to_value(&self.metrics).expect("counters are plain data")
     }
+}
+
+/// Throws away what waits in the tap: it came while the link was down, or was made for a driver that could take more.
+fn discard(tap: &mut Tap) {
+    backend::discard(tap, &mut vec![0; MAX_FRAME_LEN]);
 }
 
 fn refused(op: &'static str) -> impl Fn(vhost::Error) -> DeviceError {
