@@ -13,7 +13,7 @@ use devices::pci::root::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_LEN};
 use devices::interrupt_line::LevelLine;
 use devices::pci::{BarMapper, ConfigPorts, Ecam, MsiMessage, MsiRouter, PciFunction, PciSegment};
 use devices::testing::Inline;
-use devices::virtio::pci::{BAR_LEN, NOTIFY_OFFSET, PciResources, PciVirtio};
+use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
 use devices::virtio::slot::Transport;
 use libfuzzer_sys::fuzz_target;
 use mayfly_fuzz::registers::Access;
@@ -255,7 +255,7 @@ impl Machine {
             self.write(offset, &value.to_le_bytes());
         }
         self.write(0x1c, &1u16.to_le_bytes());
-        self.write(NOTIFY_OFFSET, &u16::from(second).to_le_bytes());
+        self.function().slot().kick(second.into());
     }
 
     fn snapshot(&self) {

@@ -5,9 +5,9 @@
 //! eventfds that the VMM binds to [`PciVirtio::notify_port`] and to the vectors' GSIs.
 //!
 //! ```text
-//! BAR 0, 32 KiB   0x0000 common configuration    0x3000 notifications for the configuration access capability
-//!                 0x1000 ISR status              0x4000 MSI-X table
-//!                 0x2000 device configuration    0x6000 MSI-X pending bits
+//! BAR 0, 32 KiB   0x0000 common configuration    0x4000 MSI-X table
+//!                 0x1000 ISR status              0x6000 MSI-X pending bits
+//!                 0x2000 device configuration
 //! BAR 2, ports    notifications, 4 ports per queue
 //! ```
 
@@ -33,8 +33,6 @@ use irq::PciIrq;
 
 /// Bytes of the BAR; its address is a multiple of this.
 pub const BAR_LEN: u64 = 0x8000;
-/// Where the notification addresses start in the BAR.
-pub const NOTIFY_OFFSET: u64 = 0x3000;
 /// Bytes between the notification addresses of two queues.
 pub const NOTIFY_MULTIPLIER: u32 = 4;
 
@@ -42,10 +40,10 @@ const ISR_OFFSET: u64 = 0x1000;
 const DEVICE_OFFSET: u64 = 0x2000;
 const TABLE_OFFSET: u64 = 0x4000;
 const PBA_OFFSET: u64 = 0x6000;
-const REGION_LEN: u64 = 0x1000;
+/// The BAR of the notification ports.
+const NOTIFY_BAR: u8 = 2;
 /// The table's room, less the configuration's vector.
 const MAX_QUEUES: u64 = (PBA_OFFSET - TABLE_OFFSET) / msix::ENTRY_LEN - 1;
-const _: () = assert!(MAX_QUEUES * NOTIFY_MULTIPLIER as u64 <= REGION_LEN);
 
 const VENDOR: u16 = 0x1af4;
 /// Device ids are this and the virtio device id (virtio 1.2 §4.1.2).
@@ -201,14 +199,26 @@ impl PciVirtio {
         }
     }
 
-    /// Where in the BAR the PCI configuration access capability looks, and how many bytes wide.
-    fn window(&self) -> Option<(u64, usize)> {
+    /// In which BAR and where in it the PCI configuration access capability looks, and how many bytes wide.
+    fn window(&self) -> Option<(u8, u64, usize)> {
         let capability = usize::from(self.pci_cap);
-        let bar = self.config.u16(capability + 4) & 0xff;
+        let [bar, _] = self.config.u16(capability + 4).to_le_bytes();
+        let bar_len = match bar {
+            0 => BAR_LEN,
+            NOTIFY_BAR => Self::port_count(self.slot.queue_count()).into(),
+            _ => return None,
+        };
         let offset = u64::from(self.config.u32(capability + 8));
         let len = self.config.u32(capability + 12);
-        let inside = offset.is_multiple_of(u64::from(len.max(1))) && offset + u64::from(len) <= BAR_LEN;
-        (bar == 0 && matches!(len, 1 | 2 | 4) && inside).then_some((offset, usize::try_from(len).ok()?))
+        let inside = offset.is_multiple_of(u64::from(len.max(1))) && offset + u64::from(len) <= bar_len;
+        (matches!(len, 1 | 2 | 4) && inside).then_some((bar, offset, usize::try_from(len).ok()?))
+    }
+
+    /// A write to a notification port that did not come as one.
+    fn notify(&self, port: u64) {
+        let queue = port / u64::from(NOTIFY_MULTIPLIER);
+        self.slot
+            .kick(u16::try_from(queue).expect("there are 2^16 ports"));
     }
 
     /// True when an access meets the data register of that capability.
@@ -224,7 +234,7 @@ fn add_virtio_capabilities(config: &mut ConfigSpace, queues: u16, config_len: us
         let [l0, l1, l2, l3] = low(len).to_le_bytes();
         let cap_len = 16 + u8::try_from(extra.len()).expect("four bytes at most");
         // Notifications go to ports, everything else to memory.
-        let bar = if kind == cap::NOTIFY { 2 } else { 0 };
+        let bar = if kind == cap::NOTIFY { NOTIFY_BAR } else { 0 };
         let head = [cap_len, kind, bar, 0, 0, 0, o0, o1, o2, o3, l0, l1, l2, l3];
         config.add_capability(VENDOR_CAPABILITY, &[&head, extra].concat(), writable)
     };
@@ -234,7 +244,7 @@ fn add_virtio_capabilities(config: &mut ConfigSpace, queues: u16, config_len: us
     add(cap::NOTIFY, 0, notify_len, &multiplier, &[]);
     add(cap::ISR, ISR_OFFSET, 1, &[], &[]);
     if config_len > 0 {
-        let len = REGION_LEN.min(config_len as u64);
+        let len = (TABLE_OFFSET - DEVICE_OFFSET).min(config_len as u64);
         add(cap::DEVICE, DEVICE_OFFSET, len, &[], &[]);
     }
     // The guest chooses BAR, offset and length, and writes the data.
@@ -271,7 +281,7 @@ impl BusDevice for PciVirtio {
                     *first = self.irq.intx.take_isr();
                 }
             }
-            DEVICE_OFFSET..NOTIFY_OFFSET => self.slot.read_config(offset - DEVICE_OFFSET, data),
+            DEVICE_OFFSET..TABLE_OFFSET => self.slot.read_config(offset - DEVICE_OFFSET, data),
             TABLE_OFFSET..PBA_OFFSET => self.msix.read_table(offset - TABLE_OFFSET, data),
             PBA_OFFSET.. => self.msix.read_pba(offset - PBA_OFFSET, data),
             _ => {}
@@ -281,11 +291,7 @@ impl BusDevice for PciVirtio {
     fn write(&mut self, offset: u64, data: &[u8]) {
         match offset {
             0..ISR_OFFSET => common::write(&mut self.slot, &self.irq, offset, data),
-            DEVICE_OFFSET..NOTIFY_OFFSET => self.slot.write_config(offset - DEVICE_OFFSET, data),
-            NOTIFY_OFFSET..TABLE_OFFSET => {
-                let queue = (offset - NOTIFY_OFFSET) / u64::from(NOTIFY_MULTIPLIER);
-                self.slot.kick(u16::try_from(queue).expect("the region is small"));
-            }
+            DEVICE_OFFSET..TABLE_OFFSET => self.slot.write_config(offset - DEVICE_OFFSET, data),
             TABLE_OFFSET..PBA_OFFSET => self.msix.write_table(offset - TABLE_OFFSET, data),
             _ => {}
         }
@@ -296,7 +302,8 @@ impl PciFunction for PciVirtio {
     fn read_config(&mut self, offset: u16, data: &mut [u8]) {
         self.config.set_interrupt_status(self.irq.intx.pending());
         self.config.read(offset, data);
-        if let Some((at, len)) = self.window().filter(|_| self.is_window(offset))
+        // There is nothing to be read at the ports.
+        if let Some((0, at, len)) = self.window().filter(|_| self.is_window(offset))
             && let Some(data) = data.get_mut(..len)
         {
             self.read(at, data);
@@ -311,10 +318,13 @@ impl PciFunction for PciVirtio {
             common::reset(&mut self.slot, &self.irq);
         }
         self.follow_config();
-        if let Some((at, len)) = self.window().filter(|_| self.is_window(offset))
+        if let Some((bar, at, len)) = self.window().filter(|_| self.is_window(offset))
             && let Some(data) = data.get(..len)
         {
-            self.write(at, data);
+            match bar {
+                NOTIFY_BAR => self.notify(at),
+                _ => self.write(at, data),
+            }
         }
     }
 

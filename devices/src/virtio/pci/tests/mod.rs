@@ -135,6 +135,16 @@ impl Guest {
         data
     }
 
+    /// Writes to a place in the notification capability's BAR, as a driver does that reaches no ports.
+    fn notify_at(&self, offset: u32) {
+        let notify = self.capability(9, Some(cap::NOTIFY));
+        let window = self.capability(9, Some(cap::PCI));
+        self.write_config(window + 4, &self.config::<1>(notify + 4));
+        self.write_config(window + 8, &offset.to_le_bytes());
+        self.write_config(window + 12, &2u32.to_le_bytes());
+        self.write_config(window + 16, &[0, 0]);
+    }
+
     fn set(&self, offset: u64, data: &[u8]) {
         assert!(self.bus.write(BAR + offset, data));
     }

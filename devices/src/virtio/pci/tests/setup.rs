@@ -33,7 +33,7 @@ fn serves_a_driver_from_probe_to_interrupt() {
     memory.write_slice(b"ping", GuestAddress(0x4000)).unwrap();
     let mut driver = Driver::new(&memory, RING, QUEUE_SIZE);
     driver.offer(&[readable(0x4000, 4), writable(0x5000, 4)]);
-    assert!(guest.bus.write(BAR + NOTIFY_OFFSET, &[0, 0]));
+    guest.notify_at(0);
     assert_eq!(
         guest.function.lock().unwrap().slot().kicks()[0].read().unwrap(),
         1
@@ -48,12 +48,12 @@ fn serves_a_driver_from_probe_to_interrupt() {
 }
 
 #[test]
-fn gives_each_queue_a_notification_address_of_its_own() {
+fn gives_each_queue_a_notification_address_that_configuration_space_reaches() {
     let guest = Guest::new();
     guest.set(22, &[1, 0]);
     assert_eq!(guest.get(30), [1, 0]);
-    guest.set(NOTIFY_OFFSET + 4, &[1, 0, 0, 0]);
-    guest.set(NOTIFY_OFFSET + 400, &[0, 0]);
+    guest.notify_at(4);
+    guest.notify_at(400);
     let mut function = guest.function.lock().unwrap();
     let kicks = function.slot().kicks();
     assert!(kicks[0].read().is_err());
