@@ -89,6 +89,8 @@ impl Block {
             if !ring.pop(&mut chain)? {
                 engine.give_back(chain);
                 if !ring.enable_notify()? {
+                    // What lands also leads here.
+                    self.metrics.no_avail_buffer += u64::from(count == 0 && engine.is_empty());
                     return Ok(false);
                 }
                 continue;

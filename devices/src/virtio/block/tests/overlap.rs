@@ -304,6 +304,18 @@ fn a_request_that_comes_alone_to_an_image_in_memory_is_answered_at_once() {
     await_answers(&mut guest, &mut device, 64);
 }
 
+#[test]
+fn a_notification_of_nothing_is_counted() {
+    let (image, mem) = (image(64 * 512), testing::memory(1 << 20));
+    let (mut device, mut guest) = setup(&image, &mem);
+    offer(&mut guest, IN, 0);
+    guest.kick(&mut device).unwrap();
+    await_answers(&mut guest, &mut device, 1);
+    assert_eq!(device.metrics()["no_avail_buffer"], 0);
+    guest.kick(&mut device).unwrap();
+    assert_eq!(device.metrics()["no_avail_buffer"], 1);
+}
+
 /// Offers flushes as an honest driver may, until the engine takes no more; returns how many were offered in all.
 fn fill_engine(guest: &mut Guest<'_>, device: &mut Block, image: &TempFile) -> u16 {
     guest.header(HEADER, FLUSH, 0);
