@@ -7,8 +7,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use mayfly_tests::{
-    Drive, HOST_TIMEOUT, Monitor, MonitorBuilder, Pmem, Result, Scratch, TestVm, TinyKernel, Vm, binary,
-    wait_until,
+    Drive, Failure, HOST_TIMEOUT, Monitor, MonitorBuilder, Pmem, Result, Scratch, TestVm, TinyKernel, Vm,
+    binary, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -103,6 +103,48 @@ fn every_thread_has_a_filter_and_gains_no_privileges() -> Result {
     assert_threads(&vm, "NoNewPrivs:", [1; 5])?;
     // Those that the control thread starts have its filter and their own.
     assert_threads(&vm, "Seccomp_filters:", [1, 2, 2, 1, 2])
+}
+
+/// A machine that takes no requests, in which somebody types, to its orderly end.
+#[track_caller]
+fn assert_settles(vm: TestVm) -> Result {
+    let vm = vm.config_file_without_api().start()?;
+    assert!(vm.console().wait_for("up\n", Instant::now() + HOST_TIMEOUT));
+    // Beside the first one, that of a thread that has started all others.
+    let filters = |name: &str| Ok::<_, Failure>(threads(&vm, "Seccomp_filters:")?.get(name).copied());
+    wait_until("the second filter", HOST_TIMEOUT, || {
+        filters("mayfly").is_ok_and(|count| count == Some(2))
+    })?;
+    assert_eq!(filters("vcpu 0")?, Some(2));
+    vm.type_in(b"typed")?;
+    assert!(vm.console().wait_for("typed", Instant::now() + HOST_TIMEOUT));
+    vm.signal(libc::SIGTERM)?;
+    assert_eq!(vm.wait_exit()?, -libc::SIGTERM, "{}", vm.log());
+    assert!(!vm.metrics()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn without_an_api_the_control_thread_gives_up_more_once_the_machine_runs() -> Result {
+    let scratch = Scratch::new("settled")?;
+    let kernel = TinyKernel::new().print("up\n").echo().write(&scratch)?;
+    let bare = TestVm::new("settled").kernel(&kernel);
+    assert_settles(bare.clone())?;
+    let image = scratch.file("image", [0; 4096])?;
+    let pmem = scratch.file("pmem", vec![0; 2 << 20])?;
+    let socket = scratch.join("vsock");
+    assert_settles(bare.clone().pmem(Pmem::new("p", &pmem)))?;
+    assert_settles(bare.clone().entropy())?;
+    assert_settles(
+        bare.drive(Drive::new("data", &image).with("io_engine", "Async"))
+            .pmem(Pmem::new("p", &pmem))
+            .memory_hotplug(256)
+            .entropy()
+            .section("balloon", json!({"amount_mib": 0, "deflate_on_oom": false}))
+            .section("vsock", json!({"guest_cid": 3, "uds_path": socket})),
+    )?;
+    assert!(!socket.exists());
+    Ok(())
 }
 
 #[test]

@@ -165,11 +165,20 @@ fn boot_and_run(control: &mut ControlLoop, args: &Args) -> Result<Exit, Fatal> {
         let config = config::read_config_file(path)?;
         control.controller().start_from(config)?;
         log::info!("Successfully started microvm that was configured from one single json");
-        if args.api_sock.is_none() && args.seccomp != Seccomp::Off && !landlock::restrict()? {
-            log::info!("This kernel has no Landlock: the process keeps the right to open files.");
+        if args.api_sock.is_none() && args.seccomp != Seccomp::Off {
+            settle(control.controller())?;
         }
     }
     Ok(control.run()?)
+}
+
+/// Gives up what a machine that runs and takes no requests needs no more.
+fn settle(controller: &mut Controller) -> Result<(), Fatal> {
+    if !landlock::restrict()? {
+        log::info!("This kernel has no Landlock: the process keeps the right to open files.");
+    }
+    // Behind Landlock, whose calls end with it.
+    Ok(controller.running().map_or(Ok(()), |vm| vm.settle())?)
 }
 
 /// The filters for all threads; from here on only they keep the process from starting programs with more rights.

@@ -24,7 +24,7 @@ use crate::legacy::{Legacy, LegacyError};
 use crate::memory::{self, MemoryError, Sharing};
 use crate::metrics::prometheus::Exposition;
 use crate::metrics::{TickRate, Totals, add_to_sum};
-use crate::seccomp::Filters;
+use crate::seccomp::{self, Filters, SeccompError};
 use crate::vcpu::{Ended, VcpuHandle, VcpuShared};
 use crate::x86_64::cpu::{Cpu, CpuError};
 use crate::x86_64::{layout, tsc};
@@ -96,10 +96,10 @@ pub enum HotplugError {
 }
 
 /// The filters of the threads that run this machine's devices: nothing for devices that can never come.
-fn io_filters(config: &VmConfig, settings: &Settings) -> Filters {
+fn io_filters(config: &VmConfig, filters: Filters, api: bool) -> Filters {
     let present: Vec<_> = config.devices().iter().map(DeviceConfig::kind).collect();
-    let possible = |kind| present.contains(&kind) || (settings.api && can_come_and_go(kind));
-    let filters = settings.filters.clone().for_devices(possible, settings.api);
+    let possible = |kind| present.contains(&kind) || (api && can_come_and_go(kind));
+    let filters = filters.for_devices(possible, api);
     filters.for_backends(config.shares_memory())
 }
 
@@ -185,7 +185,8 @@ impl Vm {
         let mut command_line = boot::command_line(&config)?;
         let pci = settings.pci && !command_line.has_value("pci", "off");
 
-        let io_loops = IoLoops::spawn(machine.io_threads.unwrap_or(1), &io_filters(&config, settings));
+        let filters = io_filters(&config, settings.filters.clone(), settings.api);
+        let io_loops = IoLoops::spawn(machine.io_threads.unwrap_or(1), &filters);
         let io_loops = io_loops.map_err(|source| VmError::Host {
             op: "start an io loop",
             source,
@@ -255,6 +256,12 @@ impl Vm {
             config,
             _memory: memory,
         })
+    }
+
+    /// Takes from the control thread what it needs no more, now that the machine runs and nobody can ask for a change.
+    pub fn settle(&self) -> Result<(), SeccompError> {
+        let filters = io_filters(&self.config, self.shared.filters.clone(), false);
+        filters.confine(seccomp::Thread::Settled)
     }
 
     /// What the machine was built from, with the changes since.

@@ -27,6 +27,12 @@ static BUILT_IN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/seccomp"));
 /// The group of what io threads do for disks that have a backend.
 const BACKENDS: &str = "vhost_user";
 
+/// The groups of what the control thread does only until the machine runs, when nobody can ask it for more.
+const BEGINNING: [&str; 2] = ["start", "threads"];
+
+/// The groups of devices that call sockets. The control thread needs rules of the others when it takes devices away.
+const CALLERS: [&str; 3] = ["net", "vsock", BACKENDS];
+
 /// How groups end that have what io threads do only when a client asks for a change of a device.
 const CHANGES: &str = " changes";
 
@@ -72,6 +78,8 @@ pub enum SeccompError {
 pub enum Thread {
     /// Owns the machine.
     Control,
+    /// The same, once the machine runs and nobody can ask for anything.
+    Settled,
     /// Speaks HTTP.
     Api,
     /// Runs devices.
@@ -85,7 +93,7 @@ pub enum Thread {
 impl Thread {
     fn name(self) -> &'static str {
         match self {
-            Self::Control => "control",
+            Self::Control | Self::Settled => "control",
             Self::Api => "api",
             Self::Io => "io",
             Self::Vcpu => "vcpu",
@@ -145,7 +153,8 @@ impl Filters {
     }
 
     /// Lets io threads do without the groups of rules that are named after other kinds of devices than these, and,
-    /// where nobody can ask for changes, without those for changes.
+    /// where nobody can ask for changes, without those for changes. When it has settled, the control thread does
+    /// without the former where they call sockets.
     #[must_use]
     pub fn for_devices(mut self, possible: impl Fn(DeviceKind) -> bool, changes: bool) -> Self {
         self.others = KINDS.into_iter().filter(|kind| !possible(*kind)).collect();
@@ -162,14 +171,17 @@ impl Filters {
 
     /// Whether a thread can do without a group of rules.
     fn is_unneeded(&self, thread: Thread, group: &str) -> bool {
-        let kind = group.strip_suffix(CHANGES);
-        thread == Thread::Io
-            && (self
-                .others
-                .iter()
-                .any(|other| other.name() == kind.unwrap_or(group))
-                || (kind.is_some() && !self.changes)
-                || (group == BACKENDS && !self.backends))
+        let never_comes = |kind| {
+            self.others.iter().any(|other| other.name() == kind) || (kind == BACKENDS && !self.backends)
+        };
+        match thread {
+            Thread::Io => match group.strip_suffix(CHANGES) {
+                Some(kind) => !self.changes || never_comes(kind),
+                None => never_comes(group),
+            },
+            Thread::Settled => BEGINNING.contains(&group) || (CALLERS.contains(&group) && never_comes(group)),
+            Thread::Control | Thread::Api | Thread::Vcpu | Thread::Flush => false,
+        }
     }
 
     /// Installs the filter of the calling thread, for the rest of its life.

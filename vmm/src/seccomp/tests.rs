@@ -283,6 +283,32 @@ fn an_io_thread_does_without_devices_that_cannot_come() {
 }
 
 #[test]
+fn a_control_thread_that_has_settled_makes_nothing_new() {
+    let settled = |devices: &[DeviceKind]| {
+        let filters = Filters::built_in().for_devices(|kind| devices.contains(&kind), false);
+        let filters = filters.for_backends(false);
+        filters.program(BUILT_IN, Thread::Settled).unwrap()
+    };
+    let (without, with) = (settled(&[DeviceKind::Block]), settled(&[DeviceKind::Vsock]));
+    let verdicts = |number: libc::c_long, args: &[u64]| {
+        let call = call(number, args);
+        let before = verdict(Thread::Control, number, args);
+        (before, run(&without, X86_64, &call), run(&with, X86_64, &call))
+    };
+    let gone = (ALLOW, TRAP, TRAP);
+    assert_eq!(verdicts(libc::SYS_io_uring_setup, &[]), gone);
+    assert_eq!(verdicts(libc::SYS_clone, &[0x3d_0f00]), gone);
+    assert_eq!(verdicts(libc::SYS_ioctl, &[9, 0xae01]), gone);
+    // Only the vsock device calls others.
+    let of_device = (ALLOW, TRAP, ALLOW);
+    assert_eq!(verdicts(libc::SYS_socket, &[1, 1]), of_device);
+    assert_eq!(verdicts(libc::SYS_connect, &[]), of_device);
+    let kept = (ALLOW, ALLOW, ALLOW);
+    assert_eq!(verdicts(libc::SYS_unlink, &[]), kept);
+    assert_eq!(verdicts(libc::SYS_fcntl, &[3, 37]), kept);
+}
+
+#[test]
 fn the_control_thread_has_the_rules_of_all_threads_that_it_starts() {
     let source = parse(SOURCE.as_bytes()).unwrap();
     for thread in ["io", "vcpu", "flush"] {
