@@ -157,8 +157,14 @@ fn empty(folder: &Folder) -> Result {
         let path = folder.path.join(&name);
         let failed = |e: Errno| Error::path("remove", &path)(e.into());
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let open =
-            fsat::open(&folder.fd, Path::new(&name), flags, 0).map_err(fsat::refusal("open", &path))?;
+        let open = match fsat::open(&folder.fd, Path::new(&name), flags, 0) {
+            // What is no folder has nothing in it.
+            Err(e) if name != ROOT && matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ELOOP)) => {
+                folder.remove(&name)?;
+                continue;
+            }
+            other => other.map_err(fsat::refusal("open", &path))?,
+        };
         for entry in Dir::read_from(&open).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let child = OsStr::from_bytes(entry.file_name().to_bytes());

@@ -6,11 +6,11 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::confine::as_user;
 use crate::error::{Error, Result};
@@ -158,8 +158,13 @@ fn is_dead_socket(folder: &Folder, name: &OsStr) -> bool {
     if !rustix::fs::fstat(&file).is_ok_and(is_socket) {
         return false;
     }
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+    let Ok(address) = SocketAddrUnix::new(format!("/proc/self/fd/{}", file.as_raw_fd())) else {
+        return false;
+    };
+    // One whose queue of connections is full lives; it is not waited for.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let own = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    own.and_then(|own| rustix::net::connect(&own, &address)) == Err(Errno::CONNREFUSED)
 }
 
 /// Makes a device node; without root, a file that the host's node is mounted over.

@@ -23,6 +23,9 @@ extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int
     hold_standard_descriptors();
     // SAFETY: needed because std does it only in its own start. A write to a pipe that nobody reads is to be an error.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    // SAFETY: needed because no wrapper in use changes actions. Whoever starts the jailer may ignore the end of children,
+    // which the kernel would then not tell.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     std::process::exit(jailer(Start::now()).into())
 }
 

@@ -126,8 +126,11 @@ fn mount_import(plan: &Plan, import: &Import, root: &OwnedFd) -> Result {
         });
     }
     let read_only = if import.kind == Kind::ReadOnly { RDONLY } else { 0 };
-    let device = matches!(FileType::from_raw_mode(stat.st_mode), FileType::BlockDevice);
-    let nodev = if device { 0 } else { NODEV };
+    // A drive can be a disk of the host, and output go to /dev/null or a terminal.
+    let nodev = match (FileType::from_raw_mode(stat.st_mode), import.kind) {
+        (FileType::BlockDevice, _) | (FileType::CharacterDevice, Kind::Output) => 0,
+        _ => NODEV,
+    };
     let target = Path::new(IMPORT_FOLDER).join(&import.name);
     bind(&source, root, &target, (read_only | nodev | NOSUID | NOEXEC, 0)).map_err(Error::path("mount", path))
 }

@@ -1,12 +1,15 @@
 //! `mayfly-jailer`: its command line, what it makes, and what the process in the jail is. No guest is needed.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use mayfly_tests::jail::{Ended, JAIL_USER, Jail, Starter};
-use mayfly_tests::{Client, Result, Scratch, TinyKernel};
+use mayfly_tests::{Client, HOST_TIMEOUT, Result, Scratch, TinyKernel, wait_until};
 use serde_json::json;
 
 /// Runs the jailer with these arguments only.
@@ -336,9 +339,7 @@ fn the_vm_dies_with_its_jailer() -> Result {
 /// Waits until a process is gone; somebody else is its parent.
 fn assert_gone(pid: u32) -> Result {
     let path = format!("/proc/{pid}");
-    mayfly_tests::wait_until("the VM's end", mayfly_tests::HOST_TIMEOUT, || {
-        !Path::new(&path).exists()
-    })
+    wait_until("the VM's end", HOST_TIMEOUT, || !Path::new(&path).exists())
 }
 
 fn kill(pid: u32, signal: i32) -> Result {
@@ -349,6 +350,52 @@ fn kill(pid: u32, signal: i32) -> Result {
     }
 }
 
+/// Runs a jailer that could wait for ever. Returns its exit code.
+fn ends(mut command: Command) -> Result<Option<i32>> {
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let mut code = None;
+    let waited = wait_until("the jailer's end", HOST_TIMEOUT, || {
+        code = child.try_wait().ok().flatten();
+        code.is_some()
+    });
+    if waited.is_err() {
+        child.kill()?;
+        child.wait()?;
+    }
+    waited.map(|()| code.and_then(|status| status.code()))
+}
+
+#[test]
+fn a_parent_that_ignores_the_end_of_children_is_no_reason_to_wait_for_ever() -> Result {
+    for starter in [Starter::Root, Starter::User] {
+        let jail = Jail::new("ignored", starter)?;
+        let mut command = jail.command(&["--", "--version"]);
+        let ignore = || {
+            // SAFETY: needed because the standard library changes no actions. The call takes numbers.
+            unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+            Ok(())
+        };
+        // SAFETY: needed to change the new process only; the closure makes a system call and nothing else.
+        unsafe { command.pre_exec(ignore) };
+        assert_eq!(ends(command)?, Some(0));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_socket_whose_queue_is_full_is_neither_waited_for_nor_removed() -> Result {
+    let jail = Jail::new("full-queue", Starter::Root)?;
+    jail.start(&[])?.kill()?;
+    let path = jail.root().join("run/other.sock");
+    let listener = UnixListener::bind(&path)?;
+    // SAFETY: needed because the standard library does not say how many may wait. The call takes numbers.
+    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+    let _waits = UnixStream::connect(&path)?;
+    assert_eq!(ends(jail.command(&["--", "--version"]))?, Some(0));
+    assert!(path.exists());
+    Ok(())
+}
+
 /// Asserts that the jailer leaves the VM to itself, and that the VM is the process of the pid file.
 fn assert_left_alone(option: &str) -> Result<(Jail, u32)> {
     let jail = Jail::new("left", Starter::Root)?;
@@ -357,7 +404,7 @@ fn assert_left_alone(option: &str) -> Result<(Jail, u32)> {
     let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
     assert_eq!(status.code(), Some(0));
     let pid = jail.pid()?;
-    mayfly_tests::wait_until("the API socket", mayfly_tests::HOST_TIMEOUT, || {
+    wait_until("the API socket", HOST_TIMEOUT, || {
         Client::connect(&jail.socket()).is_ok()
     })?;
     let mut client = Client::connect(&jail.socket())?;
@@ -388,7 +435,7 @@ fn new_pid_ns_and_daemonize_leave_the_vm_alone() -> Result {
 
 #[test]
 fn a_program_that_cannot_be_executed_is_the_jailers_failure() -> Result {
-    let scratch = mayfly_tests::Scratch::new("no-program")?;
+    let scratch = Scratch::new("no-program")?;
     let text = scratch.file("text", "no program")?;
     let jail = Jail::of("no-exec", Starter::Root, &text)?;
     jail.run(&["--daemonize"])?
@@ -464,6 +511,31 @@ fn one_command_imports_what_a_config_names() -> Result {
         vm.kill()?;
         jail.clean_up()?.assert_success();
         assert!(dir.join("disk").exists() && !jail.folder().exists());
+    }
+    Ok(())
+}
+
+#[test]
+fn output_of_an_imported_config_can_go_to_a_device() -> Result {
+    for starter in [Starter::Root, Starter::User] {
+        let jail = Jail::new("device-output", starter)?;
+        let config = json!({
+            "drives": [],
+            "logger": {"log_path": "/dev/null"},
+            "metrics": {"metrics_path": "/dev/null"},
+            "serial": {"serial_out_path": "/dev/null"},
+            "boot-source": {"kernel_image_path": "kernel"},
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": 32}
+        });
+        fs::write(jail.dir().join("vm.json"), config.to_string())?;
+        fs::write(
+            jail.dir().join("kernel"),
+            TinyKernel::new().print("up").spin().elf(),
+        )?;
+        let vm = jail.start(&["--config-file=vm.json", "--import"])?;
+        let mut client = Client::connect(&jail.socket())?;
+        assert!(client.request("GET", "/", "")?.body.contains("Running"));
+        vm.kill()?;
     }
     Ok(())
 }

@@ -3,10 +3,11 @@
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mayfly_tests::jail::{JAIL_USER, Jail, Starter};
 use mayfly_tests::{Client, Failure, Result, steps};
@@ -195,22 +196,34 @@ fn folders_that_become_symbolic_links_meanwhile_lead_nowhere() -> Result {
     symlink(&victim.path, &link)?;
     let name = |path: &Path| CString::new(path.as_os_str().as_bytes());
     let (first, second) = (name(&run)?, name(&link)?);
-    let stop = std::sync::atomic::AtomicBool::new(false);
-    std::thread::scope(|scope| -> Result {
-        scope.spawn(|| {
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                // SAFETY: needed because the standard library cannot exchange two names. Both paths end with zero.
-                unsafe {
-                    let (here, exchange) = (libc::AT_FDCWD, libc::RENAME_EXCHANGE);
-                    libc::renameat2(here, first.as_ptr(), here, second.as_ptr(), exchange);
-                }
-            }
-        });
-        let tried: Result = (0..30).try_for_each(|_| jail.run(&["--", "--version"]).map(drop));
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        tried
-    })?;
-    victim.assert_untouched()
+    let stop = AtomicBool::new(false);
+    let exchange = || {
+        let (here, exchange) = (libc::AT_FDCWD, libc::RENAME_EXCHANGE);
+        // SAFETY: needed because the standard library cannot exchange two names. Both paths end with zero.
+        unsafe { libc::renameat2(here, first.as_ptr(), here, second.as_ptr(), exchange) }
+    };
+    let exchange_on = || {
+        let mut done = 0_u64;
+        while !stop.load(Ordering::Relaxed) {
+            assert_eq!(exchange(), 0, "{}", std::io::Error::last_os_error());
+            done += 1;
+        }
+        done
+    };
+    let (exchanges, tried) = std::thread::scope(|scope| {
+        let exchanger = scope.spawn(exchange_on);
+        let tried: Result<Vec<_>> = (0..30).map(|_| jail.run(&["--", "--version"])).collect();
+        stop.store(true, Ordering::Relaxed);
+        (exchanger.join(), tried)
+    });
+    victim.assert_untouched()?;
+    let exchanges = exchanges.map_err(|_| Failure::new("the names could not be exchanged"))?;
+    assert!(exchanges > 0);
+    for ended in tried? {
+        let refused = ended.code == 1 && ended.stderr.contains("is not safe: ");
+        assert!(refused || ended.code == 0, "{ended:?}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -235,6 +248,25 @@ fn what_a_vm_has_left_is_removed_and_nothing_else() -> Result {
 
         jail.clean_up()?.assert_success();
 
+        assert!(!jail.folder().exists());
+        victim.assert_untouched()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_no_folder_among_those_to_be_emptied_blocks_no_removal() -> Result {
+    for starter in BOTH {
+        let jail = used(starter)?;
+        let victim = Victim::folder(&jail)?;
+        let (file, link) = (jail.folder().join("removing-7"), jail.folder().join("removing-8"));
+        fs::write(&file, "x")?;
+        symlink(&victim.path, &link)?;
+        if starter == Starter::User {
+            lchown(&file, Some(JAIL_USER), Some(JAIL_USER))?;
+            lchown(&link, Some(JAIL_USER), Some(JAIL_USER))?;
+        }
+        jail.clean_up()?.assert_success();
         assert!(!jail.folder().exists());
         victim.assert_untouched()?;
     }
