@@ -20,7 +20,7 @@ Usage: mayfly-jailer --id ID [OPTIONS] [-- MAYFLY'S OPTIONS]   (both `--option v
                               $XDG_RUNTIME_DIR/mayfly-jailer]
 
   --config-file PATH          with --import: the VM's config. Without --uid, root runs the VM as the file's owner, or, if
-                              that is root, as a user that only this jail has
+                              that is root, as a user whose id is a hash of the VM's name
   --import                    mount what the config names into the jail, and give mayfly a config with the new paths
   --copy                      copy the program and what is imported instead of mounting it
   --device NAME               also give the jail /dev/NAME: vhost-net or userfaultfd; repeatable

@@ -263,7 +263,7 @@ fn id(text: &str) -> Option<u32> {
     text.parse().ok().filter(|id| *id != u32::MAX)
 }
 
-/// The owner of the config file; for root a user that no other jail has, made from the VM's name (FNV-1a).
+/// The owner of the config file; for root a user made from the VM's name (FNV-1a), which hardly another jail has.
 fn owner(of_config: User, vm: &str) -> User {
     if of_config.uid != 0 {
         return of_config;
