@@ -22,6 +22,7 @@ const ACTIONS: &str = "proc/sys/kernel/seccomp/actions_avail";
 const MELTDOWN: &str = "sys/devices/system/cpu/vulnerabilities/meltdown";
 const CGROUP: &str = "sys/fs/cgroup/cgroup.controllers";
 const BPF: &str = "proc/sys/kernel/unprivileged_bpf_disabled";
+const LSM: &str = "sys/kernel/security/lsm";
 const SHMEM: &str = "sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 fn write(root: &Path, name: &str, content: &str) -> Result {
@@ -48,6 +49,7 @@ fn good_host() -> Result<Scratch> {
         (MELTDOWN, "Not affected\n"),
         (CGROUP, "cpu memory pids\n"),
         (BPF, "2\n"),
+        (LSM, "lockdown,capability,landlock,yama,apparmor\n"),
         (SHMEM, "always within_size advise [never] deny force\n"),
     ] {
         write(&host, name, content)?;
@@ -107,7 +109,14 @@ fn each_weakness_is_found_and_explained() -> Result {
             "Filename Type Size Used Priority\n/dev/sda2 partition 1 0 -2\n",
             ["/dev/sda2", "swapoff"],
         ),
-        (RELEASE, "5.10.0-8-amd64\n", ["5.10.0", "5.11"]),
+        (RELEASE, "5.10.0-8-amd64\n", ["5.10.0", "older than 5.12"]),
+        (RELEASE, "5.11.22\n", ["5.11.22", "jailer"]),
+        (
+            LSM,
+            "capability,yama\n",
+            ["no Landlock", "lsm=landlock,capability,yama"],
+        ),
+        (LSM, "\n", ["does not tell", "securityfs"]),
         (MELTDOWN, "Vulnerable\n", ["meltdown: Vulnerable", "microcode"]),
         (BPF, "0\n", ["BPF", "sysctl"]),
         (SHMEM, "always never [force]\n", ["shmem_enabled", "2 MiB"]),
