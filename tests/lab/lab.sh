@@ -38,7 +38,7 @@ user_lc_all=${LC_ALL-}
 interactive='' always='' quiet='' console='' memory=3072 cpus=1 timeout=1500 boot_timeout=60
 shares=() variables=() command=()
 # What cleanup has to end, and its terminal settings to restore.
-work='' qemu='' tail='' terminal=''
+work='' qemu='' tail='' terminal='' virtiofsd=''
 
 usage() { sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 
@@ -168,10 +168,27 @@ write_job() {
 # detached: runs a program that dies with this script, however that ends.
 detached() { exec setpriv --pdeathsig KILL "$@"; }
 
+# find_virtiofsd: sets `virtiofsd`. It is a part of QEMU up to version 7, and a program of its own after that.
+find_virtiofsd() {
+    for virtiofsd in /usr/libexec/virtiofsd /usr/lib/qemu/virtiofsd; do
+        [[ ! -x $virtiofsd ]] || return 0
+    done
+    return 1
+}
+
+# require_virtiofsd: installs the package that has it here.
+require_virtiofsd() {
+    local package=virtiofsd
+    ! find_virtiofsd || return 0
+    (know_package "$package") 2>/dev/null || package=qemu-system-common
+    install_packages "$package"
+    find_virtiofsd || die "the package $package has no virtiofsd where it is looked for"
+}
+
 # serve NAME FOLDER CACHE_MODE: a virtiofsd; it ends when QEMU does.
 serve() {
-    detached /usr/lib/qemu/virtiofsd --socket-path="$work/$1.socket" -o "source=$2" -o "cache=$3" \
-        -o sandbox=chroot -o log_level=err </dev/null >>"$work/virtiofsd.log" 2>&1 &
+    detached "$virtiofsd" --socket-path="$work/$1.socket" -o "source=$2" -o "cache=$3" \
+        -o sandbox=chroot </dev/null >>"$work/virtiofsd.log" 2>&1 &
     servers+=($!)
     qemu_args+=(-chardev "socket,id=$1,path=$work/$1.socket" -device "vhost-user-fs-pci,chardev=$1,tag=$1")
 }
@@ -311,8 +328,8 @@ main() {
     [[ ! $interactive || ! -t 0 ]] || terminal=$(stty -g)
     "$ROOT/resources/guest/build.sh" || die "no guest images"
     CACHE=$(cd "$CACHE" && pwd)
-    require_tools flock:util-linux setpriv:util-linux cpio:cpio qemu-system-x86_64:qemu-system-x86 \
-        /usr/lib/qemu/virtiofsd:qemu-system-common
+    require_tools flock:util-linux setpriv:util-linux cpio:cpio qemu-system-x86_64:qemu-system-x86
+    require_virtiofsd
     work=$(mktemp -d "${TMPDIR:-/tmp}/mayfly-lab.XXXXXX")
     make_initramfs
     write_job
