@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # `make test`: unit tests anywhere, life-cycle tests (tests/tests/*.rs) on any /dev/kvm, and guest tests
 # (tests/tests/guest_*.rs), which boot Linux: on this machine if its CPU has vmx or svm, else in the lab (tests/lab).
-# Between them, tests/openapi holds the binary against resources/openapi.yaml.
+# Between them, tests/openapi holds the binary against resources/openapi.yaml. The lab's own tests run when they are asked for.
 # Everything needs root, for network taps. Fails if no guest booted.
 #
-# usage: run-tests.sh [--unit | --life-cycle | --openapi | --guest] [FILTER...]
+# usage: run-tests.sh [--unit | --life-cycle | --openapi | --guest | --lab] [FILTER...]
 #        run-tests.sh --soak
-#   (default: all parts; FILTER: part of a test's name; --soak: the tests that can go on for longer, for long)
+#   (default: all parts but --lab; FILTER: part of a test's name; --soak: the tests that can go on for longer, for long)
 # environment: MAYFLY_TEST_THREADS   guest tests at a time (default 2)
 # The output of the last run is kept in build/tests.
 set -euo pipefail
@@ -40,9 +40,9 @@ build_tests() {
     # Programs that tests start.
     cargo build -p mayfly-tests --examples --locked || return
     {
-        cargo test -p mayfly-tests --tests --no-run --locked --message-format=json-render-diagnostics
-        cargo test --manifest-path tests/clients/Cargo.toml --tests --no-run --locked \
-            --message-format=json-render-diagnostics
+        cargo test -p mayfly-tests --tests --no-run --locked --message-format=json-render-diagnostics &&
+            cargo test --manifest-path tests/clients/Cargo.toml --tests --no-run --locked \
+                --message-format=json-render-diagnostics
     } | sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p'
 }
 
@@ -60,7 +60,7 @@ run_listed() {
     local program name
     local -A names=()
     rm -f "$LOGS/wrong"
-    while read -r program name; do names[$program]+=" $name"; done <"$LOGS/pending"
+    while read -r name; do names[${name% *}]+=" ${name##* }"; done <"$LOGS/pending"
     # Those with many tests begin, so that none of them is left over at the end.
     for program in "${!names[@]}"; do
         echo "$(wc -w <<<"${names[$program]}") $program"
@@ -140,6 +140,12 @@ openapi_tests() {
     ((code == 0 || (code == 5 && ${#filters[@]} > 0)))
 }
 
+# lab_tests: the script has a name like that of a test program here, for the summary.
+lab_tests() {
+    say lab_selftest-0
+    tests/lab/selftest.sh "${filters[@]}"
+}
+
 guest_tests() {
     resources/guest/build.sh || return
     resources/guest/tools.sh || return
@@ -201,11 +207,11 @@ summary() {
 }
 
 main() {
-    local parts='unit life-cycle openapi guest' filters=() failed=() life_cycle=() guest=() program list
+    local parts='unit life-cycle openapi guest' filters=() failed=() life_cycle=() guest=() program programs list
     # Seconds after which a lab host is given up.
     local lab_time=1500
     case ${1:-} in
-        --unit | --life-cycle | --openapi | --guest) parts=${1#--} && shift ;;
+        --unit | --life-cycle | --openapi | --guest | --lab) parts=${1#--} && shift ;;
         -h | --help) usage && exit ;;
         --soak) ;;
         -*) die "unknown option $1 (try --help)" ;;
@@ -220,23 +226,25 @@ main() {
     rm -rf "$LOGS"
     mkdir -p "$LOGS"
     [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --locked -- "${filters[@]}"
-    if [[ $parts != unit ]]; then
+    if [[ $parts != unit && $parts != lab ]]; then
         say "building the release binaries"
         cargo build --release --locked
     fi
     if [[ $parts == *life-cycle* || $parts == *guest* ]]; then
         say "building the test programs"
         list=$(build_tests)
+        mapfile -t programs <<<"$list"
         # The lab has no network to make it from.
         MAYFLY_CLIENT_PYTHON=$(python_environment tests/clients/requirements.txt)/bin/python
         export MAYFLY_CLIENT_PYTHON
-        for program in $list; do
+        for program in "${programs[@]}"; do
             if [[ ${program##*/} == guest_* ]]; then guest+=("$program"); else life_cycle+=("$program"); fi
         done
     fi
     [[ $parts != *life-cycle* ]] || recorded life-cycle life_cycle_tests
     [[ $parts != *openapi* ]] || recorded openapi openapi_tests
     [[ $parts != *guest* ]] || recorded guest guest_tests
+    [[ $parts != lab ]] || recorded lab lab_tests
     summary
 }
 
