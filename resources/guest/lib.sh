@@ -78,13 +78,14 @@ unpack_package() {
     size=$(package_field "$package" Size)
     say "downloading $package $(package_field "$package" Version) ($(((size + 1048575) / 1048576)) MiB)"
     tmp=$(mktemp -d "$dir.XXXXXX")
+    # As part of a condition it does not end by itself where something fails.
     (
-        cd "$tmp"
+        cd "$tmp" || exit
         # Stale package lists name files that the mirror has replaced.
         apt download "$package" || { ((EUID == 0)) && apt update && apt download "$package"; } ||
             die "cannot download $package (stale package lists? as root: apt-get update)"
-        dpkg -x ./*.deb .
-        dpkg-deb -f ./*.deb Package Version >version
+        dpkg -x ./*.deb . || exit
+        dpkg-deb -f ./*.deb Package Version >version || exit
         rm ./*.deb
     ) || { rm -rf "$tmp"; exit 1; }
     rm -rf "$dir"

@@ -44,14 +44,15 @@ unpack_packages() {
     local tmp deb
     say "downloading $# packages: $*"
     tmp=$(mktemp -d "$CACHE/tools.XXXXXX")
+    # As part of a condition it does not end by itself where something fails.
     (
-        cd "$tmp"
+        cd "$tmp" || exit
         apt download "$@" || { ((EUID == 0)) && apt update && apt download "$@"; } ||
             die "cannot download them (stale package lists? as root: apt-get update)"
         for deb in ./*.deb; do
-            dpkg -x "$deb" tree
-            dpkg-deb -f "$deb" Package Version Pre-Depends Depends >tree/version
-            mv tree "$CACHE/tools/$(dpkg-deb -f "$deb" Package)"
+            dpkg -x "$deb" tree || exit
+            dpkg-deb -f "$deb" Package Version Pre-Depends Depends >tree/version || exit
+            mv tree "$CACHE/tools/$(dpkg-deb -f "$deb" Package)" || exit
         done
     ) || exit 1
     rm -r "$tmp"
