@@ -36,5 +36,5 @@ bench: ## boot, block, net, memory and start-up figures, in a table
 install: build ## install both binaries into DESTDIR/PREFIX/bin (PREFIX is /usr/local)
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/mayfly $(RELEASE)/mayfly-jailer
 
-clean: ## remove everything that was built or downloaded
-	rm -rf target build tests/clients/target tests/fuzz/target tests/fuzz/artifacts
+clean: ## remove everything that was built, downloaded or found by fuzzing
+	rm -rf target build tests/clients/target tests/fuzz/target tests/fuzz/corpus tests/fuzz/artifacts

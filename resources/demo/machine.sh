@@ -16,11 +16,11 @@ readonly MACHINE='{ "vcpu_count": 2, "mem_size_mib": 256 }'
 # prepare: a folder for this run, removed at exit, with a root disk that the guest may write to; and the network tap.
 # Sets work, DRIVE and NETWORK (empty without the right to make a tap).
 prepare() {
+    NETWORK=''
     work=$(mktemp -d /tmp/mayfly-demo.XXXXXX)
     trap cleanup EXIT
     cp --sparse=always "$IMAGES/rootfs.ext4" "$work/rootfs.ext4"
     DRIVE='{ "drive_id": "rootfs", "path_on_host": "'$work'/rootfs.ext4", "is_root_device": true, "is_read_only": false }'
-    NETWORK=''
     if ((EUID == 0)); then
         ip link delete "$TAP" 2>/dev/null || true
         ip tuntap add "$TAP" mode tap
