@@ -214,6 +214,7 @@ impl Config {
             (self.read_only(), "is_read_only"),
             (self.rate_limiter.is_some(), "rate_limiter"),
             (self.io_engine == Some(IoEngine::Async), "io_engine"),
+            (self.direct, "direct"),
             (self.format.is_some(), "format"),
             (self.backing.is_some(), "backing"),
             (self.backing_files.is_some(), "backing_files"),

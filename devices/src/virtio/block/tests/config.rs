@@ -75,6 +75,7 @@ fn a_drive_with_a_backend_leaves_its_settings_to_that() {
             "rate_limiter",
         ),
         (r#","io_engine":"Async""#, "io_engine"),
+        (r#","direct":true"#, "direct"),
     ] {
         let drive_id = "a".to_owned();
         assert_eq!(with(more), Err(ConfigError::VhostUser { drive_id, setting }));

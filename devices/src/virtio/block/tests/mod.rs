@@ -12,6 +12,7 @@ mod queues;
 mod requests;
 
 use std::io::Write;
+use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
