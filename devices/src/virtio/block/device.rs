@@ -169,11 +169,7 @@ impl Block {
         let more = self.serve_all(&mut chain, ring, write_through);
         self.storage = chain.into_storage();
         if let Err(error) = self.backend.end_run() {
-            self.metrics.execute_fails += 1;
-            log::error!(
-                "drive '{}': cannot write the tables of its image: {error}",
-                self.serial_text()
-            );
+            self.settle_failed(&error);
         }
         Ok(more?)
     }
@@ -403,6 +399,15 @@ impl Block {
         Ok(())
     }
 
+    /// The backend keeps what the host did not take.
+    fn settle_failed(&mut self, error: &io::Error) {
+        self.metrics.execute_fails += 1;
+        log::error!(
+            "drive '{}': cannot write the tables of its image: {error}",
+            self.serial_text()
+        );
+    }
+
     fn serial_text(&self) -> String {
         String::from_utf8_lossy(&self.serial)
             .trim_end_matches('\0')
@@ -462,10 +467,11 @@ impl VirtioDevice for Block {
 
     fn quiesce(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
         self.land_all(io)?;
-        let op = "write the tables of the image";
-        self.backend
-            .settle()
-            .map_err(|source| DeviceError::Host { op, source })
+        if let Err(error) = self.backend.settle() {
+            // Nothing is lost: the next run, flush or pause tries again. No driver resets a disk because of that.
+            self.settle_failed(&error);
+        }
+        Ok(())
     }
 
     fn end(&mut self) {

@@ -18,4 +18,4 @@ pub use error::{BackingFlaw, Error, Flaw};
 pub(super) use image::Qcow2;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

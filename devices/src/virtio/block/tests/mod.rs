@@ -3,6 +3,7 @@
 mod config;
 mod direct;
 mod discard;
+mod full;
 mod limits;
 mod live;
 mod locks;

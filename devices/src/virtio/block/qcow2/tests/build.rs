@@ -2,13 +2,13 @@
 
 /// Makes an empty image.
 #[derive(Debug, Clone)]
-pub(in super::super) struct Builder {
-    pub(in super::super) version: u32,
-    pub(in super::super) cluster_bits: u32,
-    pub(in super::super) refcount_order: u32,
-    pub(in super::super) size: u64,
+pub(in crate::virtio::block) struct Builder {
+    pub(in crate::virtio::block) version: u32,
+    pub(in crate::virtio::block) cluster_bits: u32,
+    pub(in crate::virtio::block) refcount_order: u32,
+    pub(in crate::virtio::block) size: u64,
     /// Name and format of the backing file.
-    pub(in super::super) backing: Option<(&'static str, Option<&'static str>)>,
+    pub(in crate::virtio::block) backing: Option<(&'static str, Option<&'static str>)>,
 }
 
 impl Default for Builder {
@@ -34,7 +34,7 @@ impl Builder {
     }
 
     /// Header, refcount table, one refcount block, L1 table.
-    pub(in super::super) fn build(&self) -> Vec<u8> {
+    pub(in crate::virtio::block) fn build(&self) -> Vec<u8> {
         let cluster = self.cluster();
         let l1_clusters = (self.l1_entries() * 8).div_ceil(cluster);
         let clusters = 3 + l1_clusters;

@@ -7,7 +7,7 @@ fn refusal(builder: Builder, at: usize, bytes: &[u8]) -> String {
     let mut image = builder.build();
     image[at..at + bytes.len()].copy_from_slice(bytes);
     let platter = Platter::new(image.clone());
-    platter.0.lock().unwrap().full = true;
+    platter.fill(Some(0));
     let error = open(&platter).err().expect("the image is refused").to_string();
     assert_eq!(platter.bytes(), image);
     error

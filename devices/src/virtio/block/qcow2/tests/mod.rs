@@ -15,7 +15,7 @@ use std::{io, iter};
 
 use vm_memory::VolatileSlice;
 
-pub(super) use build::Builder;
+pub(in crate::virtio::block) use build::Builder;
 pub(super) use inspect::Report;
 
 use super::Qcow2;
@@ -34,15 +34,15 @@ enum Event {
 
 /// A disk in memory.
 #[derive(Debug, Clone, Default)]
-struct Platter(Arc<Mutex<State>>);
+pub(in crate::virtio::block) struct Platter(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     bytes: Vec<u8>,
     /// What happened since the start, if that is of interest.
     log: Option<Vec<Event>>,
-    /// True to fail all writes.
-    full: bool,
+    /// From this byte on, writes fail.
+    full_from: Option<u64>,
 }
 
 impl State {
@@ -55,15 +55,20 @@ impl State {
 }
 
 impl Platter {
-    fn new(bytes: Vec<u8>) -> Self {
+    pub(in crate::virtio::block) fn new(bytes: Vec<u8>) -> Self {
         Self(Arc::new(Mutex::new(State {
             bytes,
             ..State::default()
         })))
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub(in crate::virtio::block) fn bytes(&self) -> Vec<u8> {
         self.0.lock().unwrap().bytes.clone()
+    }
+
+    /// Fails writes from this byte on, or none.
+    pub(in crate::virtio::block) fn fill(&self, from: Option<u64>) {
+        self.0.lock().unwrap().full_from = from;
     }
 
     fn events(&self) -> usize {
@@ -90,7 +95,8 @@ impl Backend for Platter {
 
     fn write(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
         let mut state = self.0.lock().unwrap();
-        if state.full {
+        let end = offset + buffers.len() as u64;
+        if state.full_from.is_some_and(|full| end > full) {
             return Err(io::ErrorKind::StorageFull.into());
         }
         let mut data = vec![0; buffers.len()];
@@ -133,7 +139,7 @@ fn put(backend: &impl Backend, offset: u64, data: &[u8]) -> io::Result<()> {
     backend.write(offset, &mut buffers)
 }
 
-fn get(backend: &impl Backend, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+pub(in crate::virtio::block) fn get(backend: &impl Backend, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     let mut data = vec![0xee; len];
     let mut buffers = Buffers::new();
     // In two pieces, as a guest has it.
@@ -146,11 +152,15 @@ fn get(backend: &impl Backend, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(data)
 }
 
-fn open(platter: &Platter) -> Result<Qcow2, OpenError> {
+pub(in crate::virtio::block) fn open(platter: &Platter) -> Result<Qcow2, OpenError> {
     open_with(platter, false, true)
 }
 
-fn open_with(platter: &Platter, read_only: bool, durable: bool) -> Result<Qcow2, OpenError> {
+pub(in crate::virtio::block) fn open_with(
+    platter: &Platter,
+    read_only: bool,
+    durable: bool,
+) -> Result<Qcow2, OpenError> {
     let file = Box::new(platter.clone());
     let opener = Opener {
         read_only,

@@ -159,11 +159,11 @@ fn an_error_of_the_host_leaves_the_image_whole_and_the_rest_for_later() {
     let platter = Platter::new(Builder::default().build());
     let image = open(&platter).unwrap();
     put(&image, 0, &stamped(1, 8192)).unwrap();
-    platter.0.lock().unwrap().full = true;
+    platter.fill(Some(0));
     assert!(put(&image, 1 << 16, &stamped(2, 4096)).is_err());
     assert!(image.sync().is_err());
     assert_eq!(Report::of(&platter.bytes()).errors, [""; 0]);
-    platter.0.lock().unwrap().full = false;
+    platter.fill(None);
     put(&image, 1 << 17, &stamped(3, 4096)).unwrap();
     image.sync().unwrap();
     assert_eq!(Report::of(&platter.bytes()).errors, [""; 0]);
