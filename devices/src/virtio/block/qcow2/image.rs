@@ -222,13 +222,13 @@ impl Image {
                 write(&self.store, at, bytes)?;
             } else {
                 self.changed = true;
+                let copies = self.store.journal().take_copies(at..at + there);
                 if self.store.journal().has_freed() {
                     // The new place may be one that was freed just now.
                     self.commit(self.durable)?;
                 }
-                let release = self.store.journal().release(at..at + there, &self.store);
-                let filled = release.and_then(|()| write(&self.store, at, bytes));
-                filled.inspect_err(|_| self.store.journal().forget_copies())?;
+                copies.write(&self.store)?;
+                write(&self.store, at, bytes)?;
                 self.format.commit_data_mapping(mapping)?;
                 if self.store.journal().is_full() {
                     self.commit(self.durable)?;

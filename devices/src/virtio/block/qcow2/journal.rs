@@ -12,7 +12,8 @@
 //! Whatever part of a step a crash loses, no cluster in use counts as free: at worst some are lost.
 //!
 //! This holds if data go to a cluster that became free only after a commit. imago says by [`Journal::note_freed`] that
-//! it frees clusters; who writes data to a new place commits then before that.
+//! it frees clusters; who writes data to a new place commits then before that. What imago copies there also comes here,
+//! and has to be taken out before that commit.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -34,6 +35,23 @@ const HEADER_REFCOUNT_TABLE: Range<usize> = 48..56;
 enum Copied {
     Bytes(Vec<u8>),
     Zeros(u64),
+}
+
+/// All that imago copied for a mapping.
+#[must_use = "the clusters have nothing else around what the guest writes"]
+pub(super) struct Copies(Vec<(u64, Copied)>);
+
+impl Copies {
+    /// Writes them to the file.
+    pub(super) fn write(self, file: &HostFile) -> io::Result<()> {
+        for (offset, copied) in self.0 {
+            match copied {
+                Copied::Bytes(mut data) => file.write_bytes(offset, &mut data)?,
+                Copied::Zeros(len) => file.write_zeros(offset..offset.saturating_add(len))?,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Writes that are held back. An image that is only read has none.
@@ -127,23 +145,19 @@ impl Journal {
         self.bytes > MAX_BYTES
     }
 
-    /// Writes to the file what imago copied into the data clusters that `range` touches.
-    pub(super) fn release(&mut self, range: Range<u64>, file: &HostFile) -> io::Result<()> {
+    /// Takes out what imago copied into the data clusters that `range` touches, which no commit may write.
+    pub(super) fn take_copies(&mut self, range: Range<u64>) -> Copies {
+        let mut copies = Vec::new();
         // A copy of a whole cluster looked like a table.
         let first = range.start / self.cluster * self.cluster;
         while let Some((&offset, _)) = self.tables.range(first..range.end).next() {
-            if let Some(mut data) = self.tables.remove(&offset) {
+            if let Some(data) = self.tables.remove(&offset) {
                 self.bytes -= data.len();
-                file.write_bytes(offset, &mut data)?;
+                copies.push((offset, Copied::Bytes(data)));
             }
         }
-        for (offset, copied) in std::mem::take(&mut self.copies) {
-            match copied {
-                Copied::Bytes(mut data) => file.write_bytes(offset, &mut data)?,
-                Copied::Zeros(len) => file.write_zeros(offset..offset.saturating_add(len))?,
-            }
-        }
-        Ok(())
+        copies.append(&mut self.copies);
+        Copies(copies)
     }
 
     /// Forgets what was copied for a mapping that came to nothing.

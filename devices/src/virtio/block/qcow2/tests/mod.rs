@@ -161,10 +161,19 @@ pub(in crate::virtio::block) fn open_with(
     read_only: bool,
     durable: bool,
 ) -> Result<Qcow2, OpenError> {
+    open_over(platter, &[], read_only, durable)
+}
+
+fn open_over(
+    platter: &Platter,
+    files: &[String],
+    read_only: bool,
+    durable: bool,
+) -> Result<Qcow2, OpenError> {
     let file = Box::new(platter.clone());
     let opener = Opener {
         read_only,
-        allowed: Allowed::Files(&[]),
+        allowed: Allowed::Files(files),
         held: &[],
     };
     let cache_type = if durable {
