@@ -37,12 +37,12 @@ pub(super) trait Backend: Send + Sync {
     fn write(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()>;
     /// Makes all that was done before durable.
     fn sync(&self) -> io::Result<()>;
-    /// A run of requests is over, and the driver is told next: what they did must not depend on this process any
-    /// more, unless the driver has flushes for that.
-    fn end_run(&self) -> io::Result<()> {
-        Ok(())
+    /// Whether each run of requests has to end with [`Self::settle`], before the driver is told of it: what they did must
+    /// not depend on this process any more, unless the driver has flushes for that.
+    fn settles_runs(&self) -> bool {
+        false
     }
-    /// No more requests come for a while: brings to the host all that is still in this process, for others to see.
+    /// Brings to the host all that is still in this process, also for others to see. What the host does not take stays.
     fn settle(&self) -> io::Result<()> {
         Ok(())
     }

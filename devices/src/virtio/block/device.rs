@@ -166,19 +166,22 @@ impl Block {
             return more;
         }
         let mut chain = Chain::from(std::mem::take(&mut self.storage));
-        let more = self.serve_all(&mut chain, ring, write_through);
+        let mut changes = self.backend.settles_runs().then(Vec::new);
+        let more = self.serve_all(&mut chain, ring, write_through, &mut changes);
         self.storage = chain.into_storage();
-        if let Err(error) = self.backend.end_run() {
-            self.settle_failed(&error);
+        if let Some(changes) = changes {
+            self.settle_run(&changes);
         }
         Ok(more?)
     }
 
+    /// With `changes` it lists there the status bytes of the requests that have changed the disk.
     fn serve_all<'m>(
         &mut self,
         chain: &mut Chain<'m>,
         ring: &mut Ring<'_, 'm>,
         write_through: bool,
+        changes: &mut Option<Vec<VolatileSlice<'m>>>,
     ) -> Result<bool, QueueError> {
         let (mut now, mut count) = (Instant::now(), 0);
         let end = now + RUN_TIME;
@@ -188,7 +191,7 @@ impl Block {
                 return ring.enable_notify();
             }
             if ring.pop(chain)? {
-                let Some(written) = self.serve(chain, &mut now, write_through) else {
+                let Some(written) = self.serve(chain, &mut now, write_through, changes) else {
                     ring.unpop(1);
                     return Ok(false);
                 };
@@ -203,14 +206,37 @@ impl Block {
 
     /// Serves one request that begins at `now`, which moves on to its end; returns how many bytes were written to it,
     /// or nothing when the rate limiter holds it back.
-    fn serve(&mut self, chain: &mut Chain<'_>, now: &mut Instant, write_through: bool) -> Option<u32> {
+    fn serve<'m>(
+        &mut self,
+        chain: &mut Chain<'m>,
+        now: &mut Instant,
+        write_through: bool,
+        changes: &mut Option<Vec<VolatileSlice<'m>>>,
+    ) -> Option<u32> {
         match self.admit(chain) {
             Admitted::Held => None,
             Admitted::Answered(written) => Some(written),
             Admitted::Valid(request, status) => {
                 let result = self.execute(request, chain, write_through);
                 let start = std::mem::replace(now, Instant::now());
+                if let Some(changes) = changes
+                    && result.is_ok()
+                    && request.changes_disk()
+                {
+                    changes.push(status);
+                }
                 Some(self.conclude(request, &status, result, *now - start))
+            }
+        }
+    }
+
+    /// Brings what a run did to the host. If that fails, the requests that have changed the disk have failed.
+    fn settle_run(&mut self, changes: &[VolatileSlice<'_>]) {
+        if let Err(error) = self.backend.settle() {
+            self.settle_failed(&error);
+            self.metrics.execute_fails += u64::try_from(changes.len()).expect("a usize fits");
+            for status_byte in changes {
+                status_byte.copy_from(&[Status::IoError as u8]);
             }
         }
     }
@@ -400,8 +426,7 @@ impl Block {
     }
 
     /// The backend keeps what the host did not take.
-    fn settle_failed(&mut self, error: &io::Error) {
-        self.metrics.execute_fails += 1;
+    fn settle_failed(&self, error: &io::Error) {
         log::error!(
             "drive '{}': cannot write the tables of its image: {error}",
             self.serial_text()

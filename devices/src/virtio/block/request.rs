@@ -118,6 +118,14 @@ impl Request {
         })
     }
 
+    /// Whether it changes what is on the disk.
+    pub(super) fn changes_disk(self) -> bool {
+        match self {
+            Self::Write { .. } | Self::Discard { .. } | Self::WriteZeroes { .. } => true,
+            Self::Read { .. } | Self::Flush | Self::GetId => false,
+        }
+    }
+
     /// How many bytes of the disk it reads or writes, as a limit counts them. Zeros count: where the host cannot make them
     /// in place it writes them.
     pub(super) fn bytes(self, chain: &Chain<'_>) -> usize {

@@ -121,9 +121,8 @@ impl Backend for Qcow2 {
         Ok(())
     }
 
-    fn end_run(&self) -> io::Result<()> {
-        let mut image = self.image();
-        if image.durable { Ok(()) } else { image.settle() }
+    fn settles_runs(&self) -> bool {
+        !self.image().durable
     }
 
     fn settle(&self) -> io::Result<()> {

@@ -47,3 +47,38 @@ fn a_pause_while_the_host_is_full_leaves_the_drive_at_work_and_loses_nothing() {
     let image = open(&Platter::new(platter.bytes())).unwrap();
     assert_eq!(get(&image, 0, 512).unwrap(), [7; 512]);
 }
+
+#[test]
+fn without_flushes_what_a_full_host_did_not_take_was_not_done() {
+    let (platter, mem) = (image_with_room(), testing::memory(1 << 20));
+    let (mut device, mut guest) = (drive(&platter, CacheType::Unsafe), Guest::new(&mem));
+    platter.fill(Some(6 * 512));
+    let offers = [
+        (OUT, 0, readable(DATA, CLUSTER)),
+        (IN, 0, writable(DATA + 0x1000, CLUSTER)),
+        (WRITE_ZEROES, 0, readable(DATA + 0x2000, 16)),
+        (DISCARD, 0, readable(DATA + 0x3000, 16)),
+    ];
+    guest.fill(DATA, &[7; CLUSTER as usize]);
+    // These are for the part of the disk that the second table maps.
+    guest.fill(DATA + 0x2000, &[64, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
+    guest.fill(DATA + 0x3000, &[65, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    guest.fill(STATUS, &[0xee; 4]);
+    for (number, (kind, sector, data)) in (0..).zip(offers) {
+        let header = HEADER + 0x20 * number;
+        guest.header(header, kind, sector);
+        guest
+            .driver
+            .offer(&[readable(header, 16), data, writable(STATUS + number, 1)]);
+    }
+    guest.drain(&mut device);
+    assert_eq!(guest.answered(), 4);
+    assert_eq!(guest.bytes(STATUS, 4), [IO_ERROR, OK, IO_ERROR, IO_ERROR]);
+    assert_eq!(device.metrics()["execute_fails"], 3);
+
+    platter.fill(None);
+    let data = [readable(DATA, CLUSTER)];
+    assert_eq!(guest.request(&mut device, OUT, 1, &data), (OK, 1));
+    let image = open(&Platter::new(platter.bytes())).unwrap();
+    assert_eq!(get(&image, 0, 1024).unwrap(), [7; 1024]);
+}

@@ -48,7 +48,7 @@ fn work(platter: &Platter, files: &[String], durable: bool, seed: u64, requests:
             }
         }
         if !durable {
-            image.end_run().unwrap();
+            image.settle().unwrap();
             done.push(Done::Flush(platter.events()));
         }
     }

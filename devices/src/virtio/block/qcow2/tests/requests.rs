@@ -59,7 +59,7 @@ fn without_flushes_all_is_in_the_file_at_the_end_of_a_run() {
     let platter = Platter::new(Builder::default().build());
     let image = open_with(&platter, false, false).unwrap();
     put(&image, 0, &stamped(1, 4096)).unwrap();
-    image.end_run().unwrap();
+    image.settle().unwrap();
     let other = open(&Platter::new(platter.bytes())).unwrap();
     assert_eq!(get(&other, 0, 4096).unwrap(), stamped(1, 4096));
 }
