@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::VolatileSlice;
 
+use super::lock::Lock;
 use super::request::{Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Request, SERIAL, Status};
 use super::uring::Uring;
 use super::{Backend, CacheType, Config, Metrics, OpenError, Patch, SECTOR, backend, overlap};
@@ -417,6 +418,7 @@ impl Block {
             self.prepare_swap(&*backend, io)?;
             self.config_space = config_space(&*backend, &config);
             self.backend = backend.into();
+            self.backend.locks().iter().for_each(Lock::share);
         }
         self.config = config;
         *self.shared.lock().unwrap_or_else(PoisonError::into_inner) =

@@ -8,6 +8,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -15,12 +16,16 @@ use super::OpenError;
 
 /// A lock on an image, held until the last clone is dropped.
 #[derive(Debug, Clone)]
-pub(super) struct Lock(Arc<Held>);
+pub(super) struct Lock {
+    held: Arc<Held>,
+    /// What it was taken for: it may be held for more.
+    exclusive: bool,
+}
 
 #[derive(Debug)]
 struct Held {
     file: Arc<File>,
-    exclusive: bool,
+    exclusive: AtomicBool,
     identity: Identity,
 }
 
@@ -47,9 +52,10 @@ impl Lock {
         };
         let metadata = file.metadata().map_err(refused("examine"))?;
         let identity = (metadata.dev(), metadata.ino());
-        let serves = |Lock(held): &&Lock| held.identity == identity && held.exclusive >= exclusive;
-        if let Some(held) = held.iter().find(serves) {
-            return Ok(held.clone());
+        let serves = |held: &&Arc<Held>| held.identity == identity && held.is_exclusive() >= exclusive;
+        if let Some(held) = held.iter().map(|lock| &lock.held).find(serves) {
+            let held = Arc::clone(held);
+            return Ok(Self { held, exclusive });
         }
         let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
         let mut tries = TRIES;
@@ -78,16 +84,35 @@ impl Lock {
                 _ => return Err(refused("lock")(error)),
             }
         }
-        Ok(Self(Arc::new(Held {
+        let held = Held {
             file: Arc::clone(file),
-            exclusive,
+            exclusive: exclusive.into(),
             identity,
-        })))
+        };
+        Ok(Self {
+            held: held.into(),
+            exclusive,
+        })
+    }
+
+    /// Lets others read the image if that is all that this lock is for, and nobody writes it by an older one any more.
+    pub(super) fn share(&self) {
+        if !self.exclusive && self.held.is_exclusive() {
+            // Nothing can be in the way, and a file system without locks has none to be shared.
+            let shared = set(&self.held.file, libc::F_RDLCK);
+            self.held.exclusive.store(shared.is_err(), Ordering::Relaxed);
+        }
     }
 
     /// True if one of `held` is for the same image.
     pub(super) fn is_among(&self, held: &[Lock]) -> bool {
-        held.iter().any(|held| held.0.identity == self.0.identity)
+        held.iter().any(|other| other.held.identity == self.held.identity)
+    }
+}
+
+impl Held {
+    fn is_exclusive(&self) -> bool {
+        self.exclusive.load(Ordering::Relaxed)
     }
 }
 

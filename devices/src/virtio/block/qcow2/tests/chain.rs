@@ -2,10 +2,13 @@
 
 use std::fs;
 
+use serde_json::json;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
-use crate::virtio::block::{BackingRule, Config, Format};
+use crate::testing::{self, Recorder};
+use crate::virtio::block::{BackingRule, Block, Config, Format};
+use crate::virtio::{UpdateError, VirtioDevice, feature};
 
 /// A folder with a raw base of 64 KiB, whose sectors have their numbers.
 struct Folder(TempDir);
@@ -38,7 +41,7 @@ impl Folder {
     }
 
     fn config(&self, name: &str) -> Config {
-        let config = serde_json::json!({"drive_id": "disk", "is_root_device": false, "format": "qcow2"});
+        let config = json!({"drive_id": "disk", "is_root_device": false, "format": "qcow2"});
         Config {
             path_on_host: Some(self.path(name)),
             ..serde_json::from_value(config).unwrap()
@@ -57,6 +60,14 @@ impl Folder {
             backing_files: Some(files.iter().map(|name| self.path(name)).collect()),
             ..self.config(name)
         })
+    }
+
+    /// Gives a drive another image over these.
+    fn swap(&self, drive: &mut Block, name: &str, files: &[&str]) -> Result<(), UpdateError> {
+        let (mem, recorder) = (testing::memory(0x1000), Recorder::default());
+        let files: Vec<_> = files.iter().map(|name| self.path(name)).collect();
+        let patch = json!({"drive_id": "disk", "path_on_host": self.path(name), "backing_files": files});
+        drive.update(patch, &mut testing::io(&mem, &mut [], &recorder, feature::COMMON))
     }
 
     fn open(&self, config: Config) -> Result<Qcow2, String> {
@@ -226,4 +237,19 @@ fn locks_the_image_for_itself_and_shares_what_is_behind_it() {
     assert!(config.build().is_err());
     drop((one, two));
     assert!(config.build().is_ok());
+}
+
+#[test]
+fn a_drive_that_has_moved_on_shares_the_image_that_it_had() {
+    let folder = Folder::new();
+    folder.image("one", None);
+    for name in ["two", "three"] {
+        folder.image(name, Some(("one", Some("qcow2"))));
+    }
+    let mut drive = folder.config("one").build().unwrap();
+    assert!(folder.swap(&mut drive, "two", &["one", "base"]).is_err());
+    assert!(folder.open_with("three", &["one"]).is_err());
+    folder.swap(&mut drive, "two", &["one"]).unwrap();
+    assert!(folder.open_with("three", &["one"]).is_ok());
+    assert!(folder.allow("one").is_err() && folder.open_with("two", &["one"]).is_err());
 }
