@@ -139,7 +139,10 @@ impl DeviceConfig {
     /// Takes in the change of a live device that its `Patch` describes.
     pub fn patch(&mut self, patch: &Value) -> Result<(), UpdateError> {
         match self {
-            Self::Block(config) => config.patch(serde_json::from_value(patch.clone())?),
+            Self::Block(config) => {
+                let patched = config.patch(serde_json::from_value(patch.clone())?);
+                patched.map_err(|error| UpdateError::Device(error.into()))?;
+            }
             Self::Net(config) => {
                 let patched = config.patch(serde_json::from_value(patch.clone())?);
                 patched.map_err(|error| UpdateError::Device(error.into()))?;
@@ -206,5 +209,14 @@ mod tests {
             let counters = blank.as_object().unwrap();
             assert_eq!(counters["activate_fails"], 0, "{kind:?}");
         }
+    }
+
+    #[test]
+    fn a_patched_drive_is_checked_as_a_new_one_is() {
+        let drive = serde_json::json!({"drive_id": "disk", "is_root_device": false, "path_on_host": "/a"});
+        let mut config = DeviceConfig::Block(serde_json::from_value(drive).unwrap());
+        let patch = serde_json::json!({"drive_id": "disk", "path_on_host": "/b", "backing_files": ["/c"]});
+        let error = config.patch(&patch).unwrap_err().to_string();
+        assert!(error.contains("a raw image has no backing file"), "{error}");
     }
 }

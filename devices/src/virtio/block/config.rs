@@ -232,12 +232,17 @@ impl Config {
         self.queues.unwrap_or(1)
     }
 
-    /// Takes in what a patch changes.
-    pub fn patch(&mut self, patch: Patch) {
+    /// Takes in what a patch changes, and checks what comes of it. What a vhost-user backend has, its device refuses.
+    pub fn patch(&mut self, patch: Patch) -> Result<(), ConfigError> {
         RateLimiterConfig::patch(&mut self.rate_limiter, patch.rate_limiter.as_ref());
         if patch.path_on_host.is_some() {
             self.path_on_host = patch.path_on_host;
             self.backing_files = patch.backing_files.or(self.backing_files.take());
+        }
+        if self.socket.is_some() {
+            Ok(())
+        } else {
+            self.validate()
         }
     }
 

@@ -399,14 +399,11 @@ impl Block {
 
     fn change(&mut self, patch: Value, io: &mut Io<'_>) -> Result<(), UpdateError> {
         let patch: Patch = serde_json::from_value(patch)?;
-        patch
-            .validate()
-            .map_err(|error| UpdateError::Device(error.into()))?;
-        let limits = patch.rate_limiter;
-        self.throttle.prepare(limits.as_ref(), io)?;
-        let swap = patch.path_on_host.is_some();
+        let (limits, swap) = (patch.rate_limiter, patch.path_on_host.is_some());
         let mut config = self.config.clone();
-        config.patch(patch);
+        let valid = patch.validate().and_then(|()| config.patch(patch));
+        valid.map_err(|error| UpdateError::Device(error.into()))?;
+        self.throttle.prepare(limits.as_ref(), io)?;
         if swap {
             // The new image may stand on the old one.
             self.backend.settle().map_err(|source| UpdateError::Host {

@@ -241,14 +241,19 @@ fn refuses_formats_that_do_not_fit_together() {
 fn a_patch_keeps_backing_files_unless_it_brings_others() {
     let patch = |json: &str| serde_json::from_str::<Patch>(json).unwrap();
     let mut config = Config {
+        format: Some(Format::Qcow2),
         backing_files: Some(vec!["/old".to_owned()]),
         ..config(&image(512))
     };
-    config.patch(patch(r#"{"drive_id":"a","path_on_host":"/a"}"#));
+    config
+        .patch(patch(r#"{"drive_id":"a","path_on_host":"/a"}"#))
+        .unwrap();
     assert_eq!(config.backing_files, Some(vec!["/old".to_owned()]));
-    config.patch(patch(
-        r#"{"drive_id":"a","path_on_host":"/a","backing_files":[]}"#,
-    ));
+    config
+        .patch(patch(
+            r#"{"drive_id":"a","path_on_host":"/a","backing_files":[]}"#,
+        ))
+        .unwrap();
     assert_eq!(config.backing_files, Some(vec![]));
     let alone = patch(r#"{"drive_id":"a","backing_files":[]}"#).validate();
     assert!(alone.unwrap_err().to_string().contains("give path_on_host too"));

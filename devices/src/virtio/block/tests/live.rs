@@ -76,6 +76,16 @@ fn refuses_patches_that_say_nothing_or_too_much() {
 }
 
 #[test]
+fn refuses_backing_files_where_a_new_drive_would_and_changes_nothing() {
+    let (old, new) = (image(512), image(1024));
+    let mut device = device(&old);
+    let patch = json!({"drive_id": "data", "path_on_host": path(&new), "backing_files": [path(&old)]});
+    let error = update(&mut device, patch).unwrap_err().to_string();
+    assert!(error.contains("a raw image has no backing file"), "{error}");
+    assert_eq!(device.config_space()[..8], 1u64.to_le_bytes());
+}
+
+#[test]
 fn a_swapped_image_of_a_read_only_drive_stays_read_only() {
     let (old, new, mem) = (image(512), image(512), testing::memory(1 << 20));
     let (mut device, mut guest) = (read_only(&old), Guest::new(&mem));
