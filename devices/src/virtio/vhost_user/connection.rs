@@ -128,20 +128,26 @@ impl Connection {
             message.extend_from_slice(&field.to_ne_bytes());
         }
         message.extend_from_slice(body);
-        self.socket.set_write_timeout(Some(self.left()?))?;
+        let sent = uninterrupted(|| {
+            self.socket.set_write_timeout(Some(self.left()?))?;
+            let sent = self.socket.send_with_fds(&[&message[..]], fds);
+            sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+        })?;
         // The kernel takes a short message whole or not at all.
-        match self.socket.send_with_fds(&[&message[..]], fds) {
-            Ok(sent) if sent == message.len() => Ok(()),
-            Ok(_) => Err(io::ErrorKind::WriteZero.into()),
-            Err(error) => Err(io::Error::from_raw_os_error(error.errno())),
+        if sent == message.len() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::WriteZero.into())
         }
     }
 
     fn receive(&mut self, request: Request) -> io::Result<(Vec<u8>, Option<File>)> {
         let mut header = [0; HEADER];
-        self.socket.set_read_timeout(Some(self.left()?))?;
-        let received = self.socket.recv_with_fd(&mut header);
-        let (len, file) = received.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        let (len, file) = uninterrupted(|| {
+            self.socket.set_read_timeout(Some(self.left()?))?;
+            let received = self.socket.recv_with_fd(&mut header);
+            received.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+        })?;
         if len == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -163,13 +169,14 @@ impl Connection {
 
     fn fill(&self, mut rest: &mut [u8]) -> io::Result<()> {
         while !rest.is_empty() {
-            self.socket.set_read_timeout(Some(self.left()?))?;
-            match (&self.socket).read(rest) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(len) => rest = &mut rest[len..],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            let len = uninterrupted(|| {
+                self.socket.set_read_timeout(Some(self.left()?))?;
+                (&self.socket).read(rest)
+            })?;
+            if len == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
+            rest = &mut rest[len..];
         }
         Ok(())
     }
@@ -187,6 +194,16 @@ impl Connection {
 impl AsRawFd for Connection {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
+    }
+}
+
+/// Calls again what was interrupted: by a signal, or by an io_uring of this thread that has something done.
+fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
     }
 }
 

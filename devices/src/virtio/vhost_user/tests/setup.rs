@@ -1,5 +1,9 @@
 //! Finding a backend and agreeing with it.
 
+use std::thread;
+
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
 use super::*;
 use crate::virtio::vhost_user::OpenError;
 
@@ -140,4 +144,23 @@ fn private_memory_is_nothing_for_a_backend() {
     let machine = Machine::started(&mem, &fake);
     assert_eq!(machine.device.metrics()["activate_fails"], 1);
     assert!(fake.with(|state| state.enabled.is_empty()));
+}
+
+extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+#[test]
+fn waits_on_for_the_backend_when_something_interrupts() {
+    let mut fake = Fake::new();
+    fake.start();
+    let (config, state) = (config(&fake), Arc::clone(&fake.state));
+    register_signal_handler(SIGRTMIN() + 7, ignore).unwrap();
+    // It answers nothing as long as its state is taken.
+    let held = state.lock().unwrap();
+    let waiting = thread::spawn(move || VhostUserBlock::new(&config).map(drop));
+    for _ in 0..50 {
+        thread::sleep(Duration::from_millis(1));
+        waiting.kill(SIGRTMIN() + 7).unwrap();
+    }
+    drop(held);
+    waiting.join().unwrap().unwrap();
 }
