@@ -129,12 +129,12 @@ impl Backend {
         inflight: &mut Option<Inflight>,
     ) -> io::Result<()> {
         self.connection.begin();
-        let features = features | F_PROTOCOL_FEATURES;
+        let (features, keeps_inflight) = (features | F_PROTOCOL_FEATURES, self.keeps_inflight());
         let set = &mut self.connection;
         set.set(Request::SetFeatures, &features.to_ne_bytes(), &[])?;
         let (table, fds) = memory_table(mem)?;
         set.set(Request::SetMemTable, &table, &fds)?;
-        if self.protocol & protocol::INFLIGHT_SHMFD == 0 {
+        if !keeps_inflight {
             *inflight = None;
             return Ok(());
         }
@@ -144,6 +144,11 @@ impl Backend {
         };
         let fd = inflight.file.as_raw_fd();
         set.set(Request::SetInflightFd, &inflight.description, &[fd])
+    }
+
+    /// Whether it notes what it works on in shared memory.
+    pub(super) fn keeps_inflight(&self) -> bool {
+        self.protocol & protocol::INFLIGHT_SHMFD != 0
     }
 
     /// Starts a queue.

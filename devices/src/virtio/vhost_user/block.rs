@@ -178,10 +178,12 @@ impl VhostUserBlock {
     }
 
     /// Where each queue goes on. What a backend left behind that died is to be done again: it is what follows the last
-    /// answer if the backend has answered in order, or if the shared memory says more to the next one. Otherwise it is
-    /// answered with an error.
+    /// answer if the backend has answered in order, or if the shared memory says more to the next one, which takes it.
+    /// Otherwise it is answered with an error.
     fn bases(&mut self, io: &mut Io<'_>) -> Result<Vec<u16>, DeviceError> {
         if std::mem::take(&mut self.abandoned) {
+            let takes = matches!(&self.service, Service::Backend(backend) if backend.keeps_inflight());
+            self.inflight = self.inflight.take().filter(|_| takes);
             let told = self.inflight.is_some();
             for (index, queue) in (0u16..).zip(io.queues.iter_mut()) {
                 if !queue.config().ready {

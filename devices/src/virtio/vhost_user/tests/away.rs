@@ -71,6 +71,22 @@ fn the_next_backend_gets_the_memory_of_what_was_in_flight() {
 }
 
 #[test]
+fn memory_of_what_was_in_flight_is_of_no_use_to_a_backend_that_does_not_take_it() {
+    let (mem, mut fake) = (shared_memory(), Fake::new());
+    fake.with(|state| state.protocol |= 1 << 12);
+    let (mut machine, heads) = abandoned(&mem, &mut fake, &[2, 0]);
+    fake.with(|state| state.protocol &= !(1 << 12));
+    fake.start();
+    machine.event(TIMER);
+    fake.with(|state| assert_eq!(state.bases[&0], 3));
+    assert_eq!(used_heads(&mut machine), [heads[2], heads[0], heads[1]]);
+    assert_eq!(
+        [0, 1, 2].map(|number| machine.status(number)),
+        [0xff, FAILED, 0xff]
+    );
+}
+
+#[test]
 fn requests_fail_after_a_while_and_work_again_when_the_backend_is_back() {
     let (mem, mut fake) = (shared_memory(), Fake::new());
     let (mut machine, heads) = abandoned(&mem, &mut fake, &[1]);
