@@ -10,7 +10,6 @@ use devices::SharedMemory;
 use devices::bus::Bus;
 use devices::interrupt_line::LevelLine;
 use devices::pci::root::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_LEN};
-use devices::interrupt_line::LevelLine;
 use devices::pci::{BarMapper, ConfigPorts, Ecam, MsiMessage, MsiRouter, PciFunction, PciSegment};
 use devices::testing::Inline;
 use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};

@@ -207,7 +207,9 @@ fn memory_stays_while_requests_fly_though_its_owner_lets_go() {
     let (_, region) = mem.remove_region(GuestAddress(0), 1 << 20).unwrap();
     let mut guest = Guest::new(&mem);
     guest.activate(&mut device);
-    (0..SECTORS).for_each(|sector| offer(&mut guest, IN, sector));
+    // What a worker of the kernel has to do takes it longer than the call that starts it.
+    image.as_file().write_all(&[1; 64 * 512]).unwrap();
+    (0..SECTORS).for_each(|sector| offer(&mut guest, FLUSH, sector));
     guest.kick(&mut device).unwrap();
     drop(guest);
     drop(mem);
