@@ -162,6 +162,11 @@ impl Connection {
         matches!(self.phase, Phase::Handling | Phase::Writing)
     }
 
+    /// Whether a request is with the handler.
+    pub(crate) fn is_handled(&self) -> bool {
+        self.phase == Phase::Handling
+    }
+
     /// Whether no further request will be taken.
     pub(crate) fn is_leaving(&self) -> bool {
         self.close && matches!(self.phase, Phase::Writing | Phase::Lingering)

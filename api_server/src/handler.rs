@@ -29,7 +29,7 @@ impl<F: FnMut(Request, Responder)> Handler for F {
 /// The obligation to answer one request, from any thread and at any time.
 ///
 /// If it is dropped instead, the client gets a 400 that says so. If the client has gone meanwhile, the answer
-/// is discarded.
+/// is discarded; until it comes, the connection counts among the others.
 #[derive(Debug)]
 pub struct Responder {
     connection: u64,

@@ -25,6 +25,7 @@
 //! * 8 KiB for a request's head, 64 headers, and [`ServerConfig::max_body`] bytes of body.
 //! * One request per connection is with the handler at a time, and nothing more is read until its answer is
 //!   written, so that memory is bounded however fast a client sends. Pipelined requests wait in the socket.
+//!   A client that hangs up meanwhile keeps its place among the connections until then: its request is not gone.
 //! * A client that stops in the middle of a request, or does not read its answer, is closed after
 //!   [`ServerConfig::timeout`]. A connection with nothing in flight may stay open forever, and a handler may
 //!   take as long as it likes. With nothing in flight no timer is armed: an idle server does not wake up.

@@ -5,7 +5,7 @@
 //! and runs it on the `api` thread. Per request that comes in one piece the loop makes about ten system
 //! calls; idle, it makes none.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -54,6 +54,9 @@ pub struct Server {
     poller: Poller,
     listener: UnixListener,
     connections: BTreeMap<u64, Client>,
+    /// Connections that ended while their request was with the handler. They keep their places until its answer
+    /// comes: the request takes memory until then.
+    abandoned: BTreeSet<u64>,
     next_token: u64,
     /// When the listener, which is not polled meanwhile, gets its next chance.
     accept_again: Option<Instant>,
@@ -106,6 +109,7 @@ impl Server {
             poller,
             listener,
             connections: BTreeMap::new(),
+            abandoned: BTreeSet::new(),
             next_token: FIRST_CONNECTION,
             accept_again: None,
             stop_by: None,
@@ -163,9 +167,7 @@ impl Server {
             return;
         };
         match act(&mut client.connection) {
-            Step::Close => {
-                self.connections.remove(&token);
-            }
+            Step::Close => self.close(token),
             Step::Wait => self.update_interest(token),
             Step::Handle(request) => {
                 self.update_interest(token);
@@ -186,7 +188,22 @@ impl Server {
         client.registered = interest;
         if let Err(error) = self.poller.modify(&client.connection, token, interest) {
             log::warn!("Closing an API connection: {error}");
-            self.connections.remove(&token);
+            self.close(token);
+        }
+    }
+
+    fn close(&mut self, token: u64) {
+        let closed = self.connections.remove(&token);
+        if closed.is_some_and(|client| client.connection.is_handled()) {
+            self.abandoned.insert(token);
+        }
+    }
+
+    /// Brings an answer, or a part of one, to its connection.
+    fn deliver(&mut self, reply: Reply, handler: &mut dyn Handler) {
+        let Reply { connection, message } = reply;
+        if !self.abandoned.remove(&connection) {
+            self.drive(connection, handler, |connection| connection.answer(message));
         }
     }
 
@@ -221,9 +238,10 @@ impl Server {
             .connections
             .values()
             .filter(|client| !client.connection.is_leaving())
-            .count();
+            .count()
+            + self.abandoned.len();
         // Those that are leaving have a limit of their own, or clients could pile them up.
-        let has_room = self.connections.len() < limit.saturating_mul(2);
+        let has_room = self.connections.len() + self.abandoned.len() < limit.saturating_mul(2);
         let mut connection = Connection::new(stream, &self.config);
         if served >= limit || !has_room {
             let message =
@@ -261,8 +279,8 @@ impl Server {
         let _ = self.wake.event.read();
         // What was sent before the request to stop is still written, the last words of streams above all.
         let stop = self.wake.stop_requested() && !self.stopping;
-        while let Ok(Reply { connection, message }) = self.replies.try_recv() {
-            self.drive(connection, handler, |connection| connection.answer(message));
+        while let Ok(reply) = self.replies.try_recv() {
+            self.deliver(reply, handler);
         }
         if stop {
             self.begin_stop()?;

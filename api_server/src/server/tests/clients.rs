@@ -39,13 +39,7 @@ fn client_that_vanishes_within_a_request_harms_nobody() {
 #[test]
 fn client_that_vanishes_before_its_answer_harms_nobody() {
     let (handler, work) = deferring();
-    let server = Running::start(
-        ServerConfig {
-            max_connections: 1,
-            ..ServerConfig::default()
-        },
-        handler,
-    );
+    let server = Running::start(ServerConfig::default(), handler);
     let mut vanishing = server.connect();
     vanishing.send("GET /a HTTP/1.1\r\n\r\n");
     let (_, late) = work.recv_timeout(PATIENCE).unwrap();

@@ -60,6 +60,37 @@ fn eleventh_connection_is_refused_until_one_is_closed() {
     assert_eq!(clients[9].answer(), ok("GET /d "));
 }
 
+/// Sends a request, waits until the handler has it, and hangs up.
+fn ask_and_hang_up(server: &Running, work: &Receiver<(Request, Responder)>) -> Responder {
+    let mut client = server.connect();
+    client.send("GET /a HTTP/1.1\r\n\r\n");
+    work.recv_timeout(PATIENCE).unwrap().1
+}
+
+#[test]
+fn clients_that_hang_up_keep_their_places_until_their_requests_are_answered() {
+    let (handler, work) = deferring();
+    let config = ServerConfig {
+        max_connections: 3,
+        ..ServerConfig::default()
+    };
+    let server = Running::start(config, handler);
+    let mut staying = server.connect();
+    staying.send("GET /b HTTP/1.1\r\n");
+    let first = ask_and_hang_up(&server, &work);
+    let _second = ask_and_hang_up(&server, &work);
+
+    assert!(is_final_fault(&server.connect().rest(), 503, "Too many"));
+
+    first.send(Response::no_content());
+    // The server has seen that answer when it hands over this request.
+    staying.send("\r\n");
+    let (_, _third) = work.recv_timeout(PATIENCE).unwrap();
+    let mut next = server.connect();
+    next.send("GET /c HTTP/1.1\r\n\r\n");
+    assert_eq!(work.recv_timeout(PATIENCE).unwrap().0.path, "/c");
+}
+
 #[test]
 fn refused_connections_that_stay_are_bounded() {
     let server = Running::start(
