@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::config::ServerConfig;
 use crate::connection::{Connection, Step};
 use crate::error::ServerError;
-use crate::handler::{Handler, Reply, Responder, Wake};
+use crate::handler::{Handler, Message, Reply, Responder, Wake};
 use crate::message::Response;
 use crate::poller::Poller;
 use crate::socket::SocketFile;
@@ -204,6 +204,8 @@ impl Server {
         let Reply { connection, message } = reply;
         if !self.abandoned.remove(&connection) {
             self.drive(connection, handler, |connection| connection.answer(message));
+        } else if let Message::Stream { backlog, .. } = message {
+            backlog.close();
         }
     }
 

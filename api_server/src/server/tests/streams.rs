@@ -64,10 +64,33 @@ fn a_client_that_goes_away_closes_its_stream() {
     let (server, streams) = streaming();
     let (client, stream) = subscribe(&server, &streams);
     drop(client);
+    wait_until_closed(&stream);
+    assert_eq!(stream.send(b"x"), Err(StreamError::Closed));
+}
+
+fn wait_until_closed(stream: &Stream) {
     let deadline = Instant::now() + PATIENCE;
     while !stream.is_closed() && Instant::now() < deadline {
         thread::yield_now();
     }
+}
+
+#[test]
+fn a_client_that_goes_away_before_its_stream_begins_closes_it_too() {
+    let (handler, work) = deferring();
+    let server = Running::start(ServerConfig::default(), handler);
+    let mut client = server.connect();
+    client.send("GET /stream HTTP/1.1\r\n\r\n");
+    let (_, responder) = work.recv_timeout(PATIENCE).unwrap();
+    drop(client);
+    // The server has seen that when it hands over this request.
+    let mut other = server.connect();
+    other.send("GET /a HTTP/1.1\r\n\r\n");
+    let (_, _other) = work.recv_timeout(PATIENCE).unwrap();
+
+    let stream = responder.stream("text/plain");
+
+    wait_until_closed(&stream);
     assert_eq!(stream.send(b"x"), Err(StreamError::Closed));
 }
 
