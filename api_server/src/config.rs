@@ -7,7 +7,8 @@ use std::time::Duration;
 pub struct ServerConfig {
     /// The largest request body, in bytes. Default 51,200.
     pub max_body: usize,
-    /// How many connections are served at a time; one more is answered 503. Default 10.
+    /// How many connections are served at a time. For one more, the one that has been idle for longest is closed;
+    /// if none is idle, the new one is answered 503. Default 10.
     pub max_connections: usize,
     /// How long a client may pause in the middle of a request or of reading its answer. Default 30 s.
     pub timeout: Duration,

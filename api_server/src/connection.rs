@@ -167,6 +167,11 @@ impl Connection {
         self.phase == Phase::Handling
     }
 
+    /// Whether nothing is in flight: no byte of a request is here, and no answer is owed.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.phase == Phase::Reading && self.parser.is_idle()
+    }
+
     /// Whether no further request will be taken.
     pub(crate) fn is_leaving(&self) -> bool {
         self.close && matches!(self.phase, Phase::Writing | Phase::Lingering)

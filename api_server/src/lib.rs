@@ -20,15 +20,17 @@
 //!
 //! # Limits and time-outs
 //!
-//! * Ten connections at a time ([`ServerConfig::max_connections`]). One more is answered 503 and closed; idle
-//!   connections are never evicted for it, because orchestrators keep theirs open between requests.
+//! * Ten connections at a time ([`ServerConfig::max_connections`]). For one more, the one that has been idle for
+//!   longest is closed, so that clients that say nothing cannot keep others out. Idle is a connection of whose next
+//!   request no byte has come, and that is owed no answer. If none is idle, the new one is answered 503 and closed.
 //! * 8 KiB for a request's head, 64 headers, and [`ServerConfig::max_body`] bytes of body.
 //! * One request per connection is with the handler at a time, and nothing more is read until its answer is
 //!   written, so that memory is bounded however fast a client sends. Pipelined requests wait in the socket.
 //!   A client that hangs up meanwhile keeps its place among the connections until then: its request is not gone.
 //! * A client that stops in the middle of a request, or does not read its answer, is closed after
-//!   [`ServerConfig::timeout`]. A connection with nothing in flight may stay open forever, and a handler may
-//!   take as long as it likes. With nothing in flight no timer is armed: an idle server does not wake up.
+//!   [`ServerConfig::timeout`]; one that does not read a stream is not. A connection with nothing in flight may stay
+//!   open until its place is needed, and a handler may take as long as it likes. With nothing in flight no timer is
+//!   armed: an idle server does not wake up.
 //!
 //! # Streams
 //!

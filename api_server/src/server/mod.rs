@@ -58,6 +58,8 @@ pub struct Server {
     /// comes: the request takes memory until then.
     abandoned: BTreeSet<u64>,
     next_token: u64,
+    /// How often a connection has done something: tells which of them has been idle for longest.
+    turns: u64,
     /// When the listener, which is not polled meanwhile, gets its next chance.
     accept_again: Option<Instant>,
     /// Set once stopping has begun: when to give up.
@@ -75,6 +77,8 @@ pub struct Server {
 struct Client {
     connection: Connection,
     registered: EventSet,
+    /// The server's count of turns when this connection had its last one.
+    last_turn: u64,
 }
 
 impl Server {
@@ -111,6 +115,7 @@ impl Server {
             connections: BTreeMap::new(),
             abandoned: BTreeSet::new(),
             next_token: FIRST_CONNECTION,
+            turns: 0,
             accept_again: None,
             stop_by: None,
             stopping: false,
@@ -141,7 +146,7 @@ impl Server {
         while !self.is_finished() {
             for (token, events) in self.poller.wait(self.next_deadline())? {
                 match token {
-                    LISTENER => self.accept()?,
+                    LISTENER => self.accept(handler)?,
                     WAKE => self.woken(handler)?,
                     _ => self.drive(token, handler, |connection| connection.ready(events)),
                 }
@@ -166,6 +171,8 @@ impl Server {
         let Some(client) = self.connections.get_mut(&token) else {
             return;
         };
+        self.turns += 1;
+        client.last_turn = self.turns;
         match act(&mut client.connection) {
             Step::Close => self.close(token),
             Step::Wait => self.update_interest(token),
@@ -209,12 +216,12 @@ impl Server {
         }
     }
 
-    fn accept(&mut self) -> Result<(), ServerError> {
+    fn accept(&mut self, handler: &mut dyn Handler) -> Result<(), ServerError> {
         if self.stopping {
             return Ok(());
         }
         match self.listener.accept() {
-            Ok((stream, _)) => self.admit(stream),
+            Ok((stream, _)) => self.admit(stream, handler),
             Err(error)
                 if matches!(
                     error.kind(),
@@ -230,22 +237,17 @@ impl Server {
         Ok(())
     }
 
-    fn admit(&mut self, stream: UnixStream) {
+    fn admit(&mut self, stream: UnixStream, handler: &mut dyn Handler) {
         if let Err(error) = stream.set_nonblocking(true) {
             log::warn!("Closing an API connection: {error}");
             return;
         }
+        self.make_room(handler);
         let limit = self.config.max_connections;
-        let served = self
-            .connections
-            .values()
-            .filter(|client| !client.connection.is_leaving())
-            .count()
-            + self.abandoned.len();
         // Those that are leaving have a limit of their own, or clients could pile them up.
         let has_room = self.connections.len() + self.abandoned.len() < limit.saturating_mul(2);
         let mut connection = Connection::new(stream, &self.config);
-        if served >= limit || !has_room {
+        if self.served() >= limit || !has_room {
             let message =
                 format!("Too many open connections: this server takes {limit}. Close one and try again.");
             let step = connection.refuse(&Response::fault(503, &message));
@@ -256,9 +258,43 @@ impl Server {
         self.register(connection);
     }
 
+    /// If all places are taken, closes the connection that has been idle for longest.
+    fn make_room(&mut self, handler: &mut dyn Handler) {
+        while self.served() >= self.config.max_connections {
+            let Some(token) = self.longest_idle() else {
+                return;
+            };
+            // Its next request may be in the socket already: it is taken, and the connection not idle any more.
+            self.drive(token, handler, |connection| connection.ready(EventSet::IN));
+            if self.is_idle(token) {
+                self.close(token);
+            }
+        }
+    }
+
+    /// How many places are taken.
+    fn served(&self) -> usize {
+        let clients = self.connections.values();
+        let staying = clients.filter(|client| !client.connection.is_leaving());
+        staying.count() + self.abandoned.len()
+    }
+
+    fn longest_idle(&self) -> Option<u64> {
+        let clients = self.connections.iter();
+        let idle = clients.filter(|(_, client)| client.connection.is_idle());
+        idle.min_by_key(|(_, client)| client.last_turn)
+            .map(|(token, _)| *token)
+    }
+
+    fn is_idle(&self, token: u64) -> bool {
+        let client = self.connections.get(&token);
+        client.is_some_and(|client| client.connection.is_idle())
+    }
+
     fn register(&mut self, connection: Connection) {
         let token = self.next_token;
         self.next_token += 1;
+        self.turns += 1;
         let registered = connection.interest();
         match self.poller.add(&connection, token, registered) {
             Ok(()) => {
@@ -267,6 +303,7 @@ impl Server {
                     Client {
                         connection,
                         registered,
+                        last_turn: self.turns,
                     },
                 );
             }
