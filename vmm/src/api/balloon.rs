@@ -17,7 +17,7 @@ pub enum BalloonView {
 }
 
 /// Whether the request is one of those `PATCH`es that need no body.
-pub(super) fn takes_no_body(request: &Request) -> bool {
+pub(super) fn needs_no_body(request: &Request) -> bool {
     let mut tokens = request.path.trim_start_matches('/').split('/');
     request.method == Method::Patch
         && (tokens.next(), tokens.next()) == (Some("balloon"), Some("hinting"))
@@ -46,10 +46,8 @@ pub(super) fn route<'a>(
             };
             Ok(patch(&Patch::StartHinting(start)))
         }
-        (Method::Patch, "hinting", "stop") if body.is_empty() => Ok(patch(&Patch::StopHinting)),
-        (Method::Patch, "hinting", "stop") => Err(RouteError::Body(
-            "A PATCH request to /balloon/hinting/stop cannot have a body.",
-        )),
+        // Clients may send a body, which says nothing.
+        (Method::Patch, "hinting", "stop") => Ok(patch(&Patch::StopHinting)),
         (_, "hinting", part) => Err(unrecognized(format!("/hinting/{part}"))),
         // Clients know any other path to mean the balloon itself.
         (Method::Patch, ..) => Ok(patch(&Patch::Target(json(body)?))),
@@ -118,7 +116,9 @@ mod tests {
         assert_eq!(patched("/balloon/hinting/start", r#"{"x":1}"#), start(true));
         let body = r#"{"acknowledge_on_stop":false}"#;
         assert_eq!(patched("/balloon/hinting/start", body), start(false));
+        assert_eq!(patched("/balloon/hinting/start", "{}"), start(true));
         assert_eq!(patched("/balloon/hinting/stop", ""), Ok(Patch::StopHinting));
+        assert_eq!(patched("/balloon/hinting/stop", "{}"), Ok(Patch::StopHinting));
         let refusal = "Unrecognized PATCH request path `/hinting/foo`.";
         assert_eq!(patched("/balloon/hinting/foo", "{}"), Err(refusal.into()));
         assert_eq!(

@@ -197,7 +197,7 @@ fn checked_body(request: &Request) -> Result<&[u8], RouteError> {
             Err(RouteError::Body("Empty Delete request."))
         }
         (Method::Put, true) => Err(RouteError::Body("Empty PUT request.")),
-        (Method::Patch, true) if !balloon::takes_no_body(request) => {
+        (Method::Patch, true) if !balloon::needs_no_body(request) => {
             Err(RouteError::Body("Empty PATCH request."))
         }
         _ => Ok(body),
