@@ -1,7 +1,9 @@
 //! What the API shows of the balloon, and refuses of its changes.
 
 use devices::virtio::DeviceKind;
-use devices::virtio::balloon::{Config, Patch};
+use devices::virtio::balloon::{Config, HintingStatus, Patch, StatisticsStatus};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::{ControlError, Controller, State, reply};
@@ -29,8 +31,10 @@ impl Controller {
             (State::Configuring(config), BalloonView::Config) => Ok(reply(find(config, CONFIG, NONE_YET)?)),
             (State::Configuring(_), _) => Err(ControlError::BeforeStart),
             (State::Running(vm), BalloonView::Config) => Ok(reply(find(vm.config(), INTERNAL, NONE)?)),
-            (State::Running(vm), BalloonView::Statistics) => status(vm, "statistics", NO_STATISTICS),
-            (State::Running(vm), BalloonView::Hinting) => status(vm, "hinting", NO_HINTING),
+            (State::Running(vm), BalloonView::Statistics) => {
+                status::<StatisticsStatus>(vm, "statistics", NO_STATISTICS)
+            }
+            (State::Running(vm), BalloonView::Hinting) => status::<HintingStatus>(vm, "hinting", NO_HINTING),
         }
     }
 }
@@ -52,15 +56,15 @@ fn find<'a>(config: &'a VmConfig, prefix: &'static str, none: &str) -> Result<&'
     config.balloon.as_ref().ok_or_else(|| refusal(prefix, none))
 }
 
-/// Shows a part of what the device tells about itself.
-fn status(vm: &Vm, part: &str, disabled: &str) -> Result<Reply, ControlError> {
+/// Shows a part of what the device tells about itself, by way of its type, as clients expect its order of keys.
+fn status<T: Serialize + DeserializeOwned>(vm: &Vm, part: &str, off: &str) -> Result<Reply, ControlError> {
     find(vm.config(), INTERNAL, NONE)?;
     let status = vm.device_status(DeviceKind::Balloon, "balloon");
-    let status = status.expect("a machine has the balloon of its config");
-    match &status[part] {
-        Value::Null => Err(refusal(INTERNAL, disabled)),
-        shown => Ok(reply(shown)),
-    }
+    let mut status = status.expect("a machine has the balloon of its config");
+    let shown: Option<T> = serde_json::from_value(status[part].take()).expect("the device's own status");
+    shown
+        .map(|shown| reply(&shown))
+        .ok_or_else(|| refusal(INTERNAL, off))
 }
 
 fn refusal(prefix: &'static str, what: &str) -> ControlError {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::hinting::Hinting;
 use super::metrics::Metrics;
 use super::reclaim::{Released, release, release_piece};
-use super::stats::Stats;
+use super::stats::{Stats, StatisticsStatus};
 use super::{Config, PAGES_PER_MIB, Patch, PatchError, feature, ranges};
 use crate::GuestMemory;
 use crate::timer::Timer;
@@ -335,17 +335,16 @@ impl Balloon {
     }
 
     /// The target and the size, and what the guest has told of its memory.
-    fn statistics(&self) -> Value {
-        let Some(statistics) = &self.statistics else {
-            return Value::Null;
-        };
-        let (target, actual) = (self.get(field::NUM_PAGES), self.get(field::ACTUAL));
-        let mut shown = json!(statistics.last);
-        shown["target_pages"] = target.into();
-        shown["actual_pages"] = actual.into();
-        shown["target_mib"] = (target / PAGES_PER_MIB).into();
-        shown["actual_mib"] = (actual / PAGES_PER_MIB).into();
-        shown
+    fn statistics(&self) -> Option<StatisticsStatus> {
+        let statistics = self.statistics.as_ref()?;
+        let (target_pages, actual_pages) = (self.get(field::NUM_PAGES), self.get(field::ACTUAL));
+        Some(StatisticsStatus {
+            target_pages,
+            actual_pages,
+            target_mib: target_pages / PAGES_PER_MIB,
+            actual_mib: actual_pages / PAGES_PER_MIB,
+            told: statistics.last.clone(),
+        })
     }
 }
 

@@ -25,9 +25,9 @@ pub(super) struct Hinting {
     last_run: u32,
 }
 
-/// What users see of it.
-#[derive(Debug, Serialize)]
-pub(super) struct Status {
+/// What users see of it. The order of the fields is part of the wire format.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HintingStatus {
     host_cmd: u32,
     guest_cmd: Option<u32>,
 }
@@ -38,8 +38,8 @@ impl Hinting {
         self.host_cmd
     }
 
-    pub(super) fn status(&self) -> Status {
-        Status {
+    pub(super) fn status(&self) -> HintingStatus {
+        HintingStatus {
             host_cmd: self.host_cmd,
             guest_cmd: self.guest_cmd,
         }

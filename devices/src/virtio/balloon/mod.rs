@@ -5,7 +5,8 @@
 //! - **Hinting**: on demand, the driver tells once which pages are free.
 //! - **Reporting**: the driver tells of free pages all the time, by itself.
 //!
-//! [`Balloon`] is the device, [`Config`] and [`Patch`] are what users say. `ranges` turns page numbers into runs,
+//! [`Balloon`] is the device, [`Config`] and [`Patch`] are what users say, [`StatisticsStatus`] and [`HintingStatus`] what
+//! they see. `ranges` turns page numbers into runs,
 //! `reclaim` gives memory back, `stats` reads what the guest tells about its memory, `hinting` follows the commands of
 //! a run.
 
@@ -19,7 +20,9 @@ mod stats;
 
 pub use config::{Config, Patch, PatchError, StartHinting, StatisticsPatch, TargetPatch};
 pub use device::{Balloon, OpenError};
+pub use hinting::HintingStatus;
 pub use metrics::Metrics;
+pub use stats::StatisticsStatus;
 
 #[cfg(test)]
 mod tests;

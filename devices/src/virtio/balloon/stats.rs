@@ -49,6 +49,17 @@ pub(super) struct Stats {
     direct_reclaim: Option<u64>,
 }
 
+/// What users see: the sizes, and what the guest has told. The order of the fields is part of the wire format.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatisticsStatus {
+    pub(super) target_pages: u32,
+    pub(super) actual_pages: u32,
+    pub(super) target_mib: u32,
+    pub(super) actual_mib: u32,
+    #[serde(flatten)]
+    pub(super) told: Stats,
+}
+
 impl Stats {
     /// Takes the entries of a buffer in; false when there is none. What the buffer leaves out stays.
     pub(super) fn read(&mut self, buffer: &Buffers<'_>) -> bool {
