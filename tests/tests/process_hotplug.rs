@@ -84,6 +84,25 @@ fn without_a_body_the_device_goes_in_the_end() -> Result {
 }
 
 #[test]
+fn nobody_waits_for_a_paused_guest_to_let_go() -> Result {
+    let machine = machine("hotplug-paused", |vm, _| Ok(vm))?;
+    machine.put("hot")?.success()?;
+    machine.put("keep")?.success()?;
+    machine.vm.pause()?;
+    // Far longer than a test may take.
+    let asked = || machine.delete("keep", r#"{"timeout_ms": 4000000000}"#);
+    machine.assert_refused_without_change(asked, &["keep", "paused", "force"])?;
+    machine.assert_refused_without_change(|| machine.delete("none", ""), &["none"])?;
+    machine.delete("hot", "")?.success()?;
+    assert_eq!(machine.drives()?[0]["drive_id"], "keep");
+    assert_eq!(machine.drives()?.as_array().map(Vec::len), Some(1));
+    machine.vm.resume()?;
+    assert_eq!(machine.vm.get("/")?.json()?["state"], "Running");
+    machine.put("hot")?.success()?;
+    Ok(())
+}
+
+#[test]
 fn the_api_serves_others_while_a_guest_is_asked() -> Result {
     let machine = machine("hotplug-wait", |vm, _| Ok(vm))?;
     machine.put("hot")?.success()?;
@@ -130,6 +149,11 @@ fn what_cannot_be_attached_or_detached_is_refused() -> Result {
     machine.assert_refused_without_change(|| machine.delete("root", r#"{"force": true}"#), &["root"])?;
     let mut root = machine.drive("second");
     root["is_root_device"] = true.into();
+    let refusal = machine.vm.put("/drives/second", &root)?.fault()?;
+    assert!(
+        refusal.starts_with("Drive config error: 'second' cannot be the root"),
+        "{refusal}"
+    );
     machine.assert_refused_without_change(|| machine.vm.put("/drives/second", &root), &["second", "root"])?;
     let mut missing = machine.drive("gone");
     missing["path_on_host"] = "/nonexistent/disk".into();
@@ -149,7 +173,7 @@ fn without_pci_nothing_comes_or_goes() -> Result {
     let machine = machine("hotplug-mmio", |vm, scratch| {
         Ok(vm.mmio().drive(Drive::new("data", scratch.join("disk"))))
     })?;
-    machine.assert_refused_without_change(|| machine.put("hot"), &["PCI is not enabled"])?;
+    machine.assert_refused_without_change(|| machine.put("hot"), &["PCI is not enabled", "pci=off"])?;
     machine.assert_refused_without_change(|| machine.delete("data", ""), &["PCI is not enabled"])
 }
 

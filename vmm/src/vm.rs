@@ -323,6 +323,9 @@ impl Vm {
     /// Asks the guest to let go of a device, for [`Vm::take_ejected`] to tell.
     pub fn ask_to_release(&mut self, kind: DeviceKind, id: &str) -> Result<(), DeviceSetError> {
         self.check_removable(kind, id)?;
+        if self.is_paused() {
+            return Err(DeviceSetError::Paused(id.into()));
+        }
         self.devices.ask_to_release(kind, id)
     }
 

@@ -26,7 +26,7 @@ use crate::logger::LOGGER;
 use crate::metrics::prometheus::CONTENT_TYPE;
 use crate::metrics::{MetricsSink, device_group};
 use crate::unplug::{Otherwise, Unplug, UnplugConfig};
-use crate::vm::{Settings, Vm, VmError};
+use crate::vm::{HotplugError, Settings, Vm, VmError};
 
 use observe::Latencies;
 
@@ -220,7 +220,10 @@ impl Controller {
         let (kind, id) = (device.kind(), device.id().to_owned());
         let group = device_group(kind, device.metrics_group(), &id);
         let plugged = self.vm()?.hotplug(device);
-        plugged.map_err(|source| ControlError::Hotplug { kind, source })?;
+        plugged.map_err(|error| match error {
+            HotplugError::Config(error) => ControlError::Config(error),
+            source => ControlError::Hotplug { kind, source },
+        })?;
         self.metrics.begin_group(&group);
         let (kind, id) = (kind.name(), id.as_str());
         self.events().publish(&Event::DeviceAttached { kind, id });
@@ -228,7 +231,7 @@ impl Controller {
     }
 
     /// Detaches a device now, or asks the guest to let go of it. Clients that send no body know nothing of guests that
-    /// do not let go, so their device goes in any case.
+    /// do not let go, so their device goes in any case: at once if the guest is paused, as it would not answer.
     fn unplug(
         &mut self,
         kind: DeviceKind,
@@ -236,7 +239,7 @@ impl Controller {
         unplug: Option<UnplugConfig>,
     ) -> Result<Reply, ControlError> {
         let UnplugConfig { timeout_ms, force } = unplug.unwrap_or_default();
-        if force {
+        if force || (unplug.is_none() && self.vm()?.is_paused()) {
             self.take_away(kind, id)?;
             return Ok(Reply::Done);
         }

@@ -50,7 +50,7 @@ pub enum DeviceSetError {
         source: UpdateError,
     },
     /// Devices come and go on a PCI bus only.
-    #[error("PCI is not enabled: start without --no-pci to plug devices into a running machine")]
+    #[error("PCI is not enabled: for devices that come and go start without --no-pci, and without pci=off in boot_args")]
     NoPci,
     /// The id of a device to be plugged in.
     #[error("Device ID in use: detach '{0}' first, or choose another id")]
@@ -58,6 +58,9 @@ pub enum DeviceSetError {
     /// The guest runs from it.
     #[error("Cannot unplug root device '{0}'")]
     Root(String),
+    /// The guest cannot be asked.
+    #[error("the guest is paused, so it cannot release device '{0}': resume it, or use \"force\": true")]
+    Paused(String),
     /// The guest is being asked already.
     #[error("device '{0}' is being detached already: wait for that, or detach it with \"force\": true")]
     Leaving(String),
