@@ -131,6 +131,25 @@ fn a_command_line_may_have_2047_bytes_and_not_one_more() -> Result {
 }
 
 #[test]
+fn a_command_line_with_other_than_printable_characters_is_refused_when_it_is_put() -> Result {
+    let monitor = monitor()?;
+    let kernel = file(&monitor, "kernel", &TinyKernel::new().halt().elf())?;
+    let put = |boot_args: &str| {
+        monitor.put(
+            "/boot-source",
+            &json!({"kernel_image_path": kernel, "boot_args": boot_args}),
+        )
+    };
+    put("quiet\tro")?.success()?;
+    let before = monitor.get("/vm/config")?;
+    put("quiet\0")?.assert_refused(&["Boot source error", "'\\0' at position 5", "boot_args"]);
+    put("quiet\n")?.assert_refused(&["Boot source error", "'\\n' at position 5"]);
+    put("na\u{ef}ve")?.assert_refused(&["Boot source error", "'\u{ef}' at position 2"]);
+    assert_eq!(monitor.get("/vm/config")?, before);
+    Ok(())
+}
+
+#[test]
 fn an_image_that_cannot_be_a_disk_is_named() -> Result {
     let monitor = monitor()?;
     let put = |path: &str| monitor.put("/drives/data", &drive("data", path));

@@ -30,7 +30,7 @@ pub enum CommandLineError {
     /// A character that is not printable ASCII.
     #[error(
         "the kernel command line has the character {character:?} at position {position}: \
-         use printable ASCII characters only"
+         use printable ASCII characters only in boot_args"
     )]
     Character {
         /// The first such character.

@@ -14,6 +14,8 @@ use devices::mmds;
 use devices::virtio::{DeviceKind, balloon, block, mem, net, pmem, rng, vsock};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::boot::cmdline::{CommandLine, CommandLineError};
+
 pub use cpu::{
     Bitmap, Capability, CpuConfig, CpuConfigFileError, CpuConfigSource, CpuidModifier, MsrModifier,
     RegisterModifier,
@@ -29,8 +31,6 @@ pub const MAX_VCPUS: u8 = 32;
 pub const MIN_MEMORY_MIB: usize = 16;
 /// The most threads that run devices.
 pub const MAX_IO_THREADS: u8 = 16;
-/// The longest kernel command line, in bytes without the terminating zero.
-pub const MAX_BOOT_ARGS: usize = 2047;
 
 /// Why a config was refused.
 #[derive(Debug, thiserror::Error)]
@@ -61,9 +61,9 @@ pub enum ConfigError {
          or memory-hotplug"
     )]
     UnseenByVhost(String),
-    /// The command line is too long.
-    #[error("Boot source error: boot_args is {0} bytes long; at most {MAX_BOOT_ARGS} fit")]
-    BootArgs(usize),
+    /// No kernel could be given that command line.
+    #[error("Boot source error")]
+    BootArgs(#[from] CommandLineError),
     /// The balloon is larger than memory.
     #[error(
         "Balloon config error: Amount of pages requested is too large. amount_mib is {amount_mib}, and the machine has \
@@ -398,9 +398,8 @@ impl VmConfig {
 
     /// Sets what to boot.
     pub fn put_boot_source(&mut self, source: BootSource) -> Result<(), ConfigError> {
-        let len = source.boot_args.as_ref().map_or(0, String::len);
-        if len > MAX_BOOT_ARGS {
-            return Err(ConfigError::BootArgs(len));
+        if let Some(boot_args) = &source.boot_args {
+            CommandLine::new(boot_args)?;
         }
         self.boot_source = source;
         Ok(())
