@@ -142,6 +142,9 @@ fn limits_of_a_running_device_change() -> Result {
     assert_eq!(shown()?, limits);
     patch(&json!({"ops": bucket(0)}))?.success()?;
     assert_eq!(shown()?, Value::Null);
+    // An array is taken by position here too.
+    vm.patch("/pmem/a", &json!(["a", limits]))?.success()?;
+    assert_eq!(shown()?, limits);
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use devices::catalog::DeviceConfig;
 use devices::virtio::DeviceKind;
 use devices::virtio::balloon::{Patch, StartHinting};
 
-use super::{Action, RouteError, json, put_device};
+use super::{Action, RouteError, json, patch_device, put_device};
 
 /// What there is to see of the balloon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,11 +56,7 @@ pub(super) fn route<'a>(
 }
 
 fn patch(patch: &Patch) -> Action {
-    Action::PatchDevice {
-        kind: DeviceKind::Balloon,
-        id: "balloon".into(),
-        patch: serde_json::to_value(patch).expect("a patch is plain data"),
-    }
+    patch_device(DeviceKind::Balloon, "balloon", patch)
 }
 
 #[cfg(test)]

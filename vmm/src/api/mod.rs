@@ -12,8 +12,8 @@ use api_server::{Method, Request, Response, Stream};
 use devices::catalog::DeviceConfig;
 use devices::mmds;
 use devices::virtio::{DeviceKind, block, mem, net, pmem, vsock};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::{
@@ -110,7 +110,7 @@ enum ActionType {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct Vm")]
 struct VmBody {
     state: VmState,
 }
@@ -233,6 +233,15 @@ fn put_device(device: DeviceConfig) -> Action {
     Action::PutDevice(Box::new(device))
 }
 
+/// The patch goes by way of its type, so that it is an object even if the client sent an array.
+fn patch_device(kind: DeviceKind, id: &str, patch: &impl Serialize) -> Action {
+    Action::PatchDevice {
+        kind,
+        id: id.into(),
+        patch: serde_json::to_value(patch).expect("a patch is plain data"),
+    }
+}
+
 /// Whether a `DELETE` of this path may have a body.
 fn can_be_unplugged(path: &str) -> bool {
     let resource = path.trim_start_matches('/').split('/').next();
@@ -256,11 +265,7 @@ fn patch_drive(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let patch: block::Patch = json(body)?;
     same_id(id, &patch.drive_id)?;
-    Ok(Action::PatchDevice {
-        kind: DeviceKind::Block,
-        id: id.into(),
-        patch: json(body)?,
-    })
+    Ok(patch_device(DeviceKind::Block, id, &patch))
 }
 
 fn put_pmem(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
@@ -274,20 +279,12 @@ fn patch_pmem(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let patch: pmem::Patch = json(body)?;
     same_id(id, &patch.id)?;
-    Ok(Action::PatchDevice {
-        kind: DeviceKind::Pmem,
-        id: id.into(),
-        patch: json(body)?,
-    })
+    Ok(patch_device(DeviceKind::Pmem, id, &patch))
 }
 
 fn patch_memory_hotplug(body: &[u8]) -> Result<Action, RouteError> {
-    json::<mem::Patch>(body)?;
-    Ok(Action::PatchDevice {
-        kind: DeviceKind::Mem,
-        id: mem::ID.into(),
-        patch: json(body)?,
-    })
+    let patch: mem::Patch = json(body)?;
+    Ok(patch_device(DeviceKind::Mem, mem::ID, &patch))
 }
 
 fn put_net(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
@@ -301,11 +298,7 @@ fn patch_net(id: Option<&str>, body: &[u8]) -> Result<Action, RouteError> {
     let id = checked_id(id)?;
     let patch: net::Patch = json(body)?;
     same_iface_id(id, &patch.iface_id)?;
-    Ok(Action::PatchDevice {
-        kind: DeviceKind::Net,
-        id: id.into(),
-        patch: json(body)?,
-    })
+    Ok(patch_device(DeviceKind::Net, id, &patch))
 }
 
 fn same_iface_id(path: &str, body: &str) -> Result<(), RouteError> {

@@ -96,7 +96,7 @@ pub enum IoEngine {
 }
 
 /// A change of a live drive.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "struct BlockDeviceUpdateConfig")]
 pub struct Patch {
     /// Names the drive.

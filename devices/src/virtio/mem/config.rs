@@ -38,7 +38,7 @@ fn default_slot_size() -> u32 {
 }
 
 /// A change of the amount of memory that the guest should have.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "struct MemoryHotplugSizeUpdate")]
 pub struct Patch {
     /// The new amount in MiB; a multiple of the block size, at most the total size.

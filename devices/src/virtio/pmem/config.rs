@@ -28,7 +28,7 @@ pub struct Config {
 }
 
 /// A change of a live pmem device.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "struct PmemDeviceUpdateConfig")]
 pub struct Patch {
     /// Names the device.
