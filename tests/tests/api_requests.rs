@@ -147,6 +147,39 @@ fn wrong_types_and_ranges_and_names_are_named() -> Result {
 }
 
 #[test]
+fn bodies_of_the_wrong_kind_are_told_what_was_expected() -> Result {
+    let monitor = monitor()?;
+    for (method, path, expected) in [
+        ("PUT", "/boot-source", "BootSourceConfig"),
+        ("PUT", "/cpu-config", "CustomCpuTemplate"),
+        ("PUT", "/entropy", "EntropyDeviceConfig"),
+        ("PUT", "/mmds/config", "MmdsConfig"),
+        ("PUT", "/serial", "SerialConfig"),
+        ("PUT", "/logger", "LoggerConfig"),
+        ("PUT", "/metrics", "MetricsConfig"),
+        ("PUT", "/drives/a", "BlockDeviceConfig"),
+        ("PUT", "/network-interfaces/a", "NetworkInterfaceConfig"),
+        ("PATCH", "/machine-config", "MachineConfigUpdate"),
+        ("PATCH", "/network-interfaces/a", "NetworkInterfaceUpdateConfig"),
+        ("PATCH", "/vm", "Vm"),
+    ] {
+        let text = fault(&monitor, method, path, "7")?;
+        let expected = format!("invalid type: integer `7`, expected struct {expected} at line 1 column 1.");
+        assert!(text.ends_with(&expected), "{method} {path}: {text}");
+    }
+    let null = json_fault(
+        &monitor,
+        "/network-interfaces/a",
+        r#"{"iface_id":"a","host_dev_name":null}"#,
+    )?;
+    assert!(
+        null.starts_with("invalid type: null, expected a string at line 1 column 36"),
+        "{null}"
+    );
+    Ok(())
+}
+
+#[test]
 fn arrays_are_taken_by_position() -> Result {
     let monitor = monitor()?;
     monitor.request("PUT", "/machine-config", "[2,64]")?.success()?;

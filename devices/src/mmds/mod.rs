@@ -39,7 +39,7 @@ const ADDRESSES: std::ops::RangeInclusive<Ipv4Addr> =
 
 /// How the service is reached: the API body, the config file's section and the answer to `GET`, in one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct MmdsConfig")]
 pub struct Config {
     /// What a guest must do to read.
     #[serde(default)]

@@ -25,7 +25,7 @@ const LIMITER_TOKEN: u32 = 0;
 
 /// What the user asks: the API body, the config file's section and the answer to `GET`, in one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct EntropyDeviceConfig")]
 pub struct Config {
     /// Limits the bytes given to the guest, and its requests.
     #[serde(serialize_with = "serialize_effective")]

@@ -15,7 +15,7 @@ use crate::x86_64::cpuid::Register;
 
 /// The body of `PUT /cpu-config`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct CustomCpuTemplate")]
 pub struct CpuConfig {
     /// Which capabilities KVM must have, beyond those that every machine needs, and which it need not.
     #[serde(default)]
@@ -39,6 +39,7 @@ pub enum Capability {
 
 /// Changes of one CPUID leaf. Unknown fields are ignored, as clients of the API expect.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(expecting = "struct CpuidLeafModifier")]
 pub struct CpuidModifier {
     /// EAX of the instruction.
     #[serde(deserialize_with = "prefixed_number")]
@@ -54,6 +55,7 @@ pub struct CpuidModifier {
 
 /// Changes of one register that CPUID answers in. Unknown fields are ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(expecting = "struct CpuidRegisterModifier")]
 pub struct RegisterModifier {
     /// Which register.
     pub register: Register,
@@ -63,6 +65,7 @@ pub struct RegisterModifier {
 
 /// Changes of one model specific register. Unknown fields are ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(expecting = "struct RegisterModifier")]
 pub struct MsrModifier {
     /// Its number.
     #[serde(deserialize_with = "prefixed_number")]

@@ -88,7 +88,8 @@ fn section_at(text: &str, line: usize, column: usize) -> Option<String> {
             (Some(_), _) => {}
             (None, b'"') => string = Some(at + 1),
             (None, b'{' | b'[') => depth += 1,
-            (None, b'}' | b']') => depth = depth.saturating_sub(1),
+            (None, b'}' | b']') if depth <= 1 => (depth, section) = (0, None),
+            (None, b'}' | b']') => depth -= 1,
             (None, b':') if depth == 1 => section = last,
             // The next key, or what stands in place of one, belongs to no section.
             (None, b',') if depth == 1 => section = None,
@@ -138,6 +139,10 @@ mod tests {
             error.contains("config: missing field `drives` at line 1 column 2"),
             "{error}"
         );
+        let error = read(r#"{"boot-source": {"kernel_image_path": "k"}}"#).unwrap_err();
+        assert!(error.contains("config: missing field `drives`"), "{error}");
+        let error = read(r#"{"drives": [], "boot-source": {"kernel_image_path": "k"}} x"#).unwrap_err();
+        assert!(error.contains("config: trailing characters"), "{error}");
         let error = read("").unwrap_err();
         assert!(error.contains("EOF while parsing a value"), "{error}");
     }

@@ -70,7 +70,7 @@ pub enum HugePages {
 
 /// The body of `PATCH /machine-config`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct MachineConfigUpdate")]
 #[expect(missing_docs, reason = "as in MachineConfig")]
 pub struct MachinePatch {
     pub vcpu_count: Option<u8>,

@@ -138,7 +138,7 @@ pub enum ConfigError {
 
 /// What to boot.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct BootSourceConfig")]
 pub struct BootSource {
     /// An ELF `vmlinux` or a `bzImage`.
     pub kernel_image_path: String,
@@ -171,7 +171,11 @@ impl<'de> Deserialize<'de> for Absent {
 
 /// The whole machine, in the key order of `GET /vm/config`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    expecting = "struct VmmConfig"
+)]
 pub struct VmConfig {
     /// The memory balloon.
     #[serde(default)]

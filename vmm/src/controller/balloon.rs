@@ -68,7 +68,7 @@ fn status<T: Serialize + DeserializeOwned>(vm: &Vm, part: &str, off: &str) -> Re
 }
 
 fn refusal(prefix: &'static str, what: &str) -> ControlError {
-    ControlError::Balloon {
+    ControlError::Single {
         prefix,
         what: what.into(),
     }

@@ -50,14 +50,6 @@ pub enum ControlError {
         /// Why.
         source: DeviceSetError,
     },
-    /// There is no such device.
-    #[error("{} status error", section(*kind))]
-    Status {
-        /// What it is.
-        kind: DeviceKind,
-        /// Why.
-        source: DeviceSetError,
-    },
     /// A device cannot be attached to the running machine.
     #[error("{} config error", section(*kind))]
     Hotplug {
@@ -74,9 +66,9 @@ pub enum ControlError {
         /// Why.
         source: DeviceSetError,
     },
-    /// The balloon is not there, not all of it, or too small.
+    /// A device of which there is only one is not there, not all of it, or too small.
     #[error("{prefix}: {what}")]
-    Balloon {
+    Single {
         /// How the API begins this refusal.
         prefix: &'static str,
         /// What is missing, and how it comes to be.

@@ -308,9 +308,10 @@ impl Controller {
     }
 
     fn memory_hotplug(&mut self) -> Result<Reply, ControlError> {
-        let kind = DeviceKind::Mem;
-        let status = self.vm()?.device_status(kind, mem::ID);
-        let status = status.map_err(|source| ControlError::Status { kind, source })?;
+        let vm = self.vm()?;
+        check_memory_hotplug(vm, "Memory hotplug status error")?;
+        let status = vm.device_status(DeviceKind::Mem, mem::ID);
+        let status = status.expect("a machine has the memory of its config");
         // By way of its type, as clients expect its order of keys.
         let status: mem::Status = serde_json::from_value(status).expect("the device's own status");
         Ok(reply(&status))
@@ -324,6 +325,9 @@ impl Controller {
         }
         if kind == DeviceKind::Balloon {
             balloon::check_patch(vm, &patch)?;
+        }
+        if kind == DeviceKind::Mem {
+            check_memory_hotplug(vm, "Memory hotplug update error")?;
         }
         let patched = vm.patch_device(kind, id, patch);
         patched.map_err(|source| ControlError::Patch { kind, source })?;
@@ -366,6 +370,17 @@ impl Controller {
         self.latencies.resume_vm = micros(start);
         self.latencies.vmm_resume_vm = self.latencies.resume_vm;
         Ok(Reply::Done)
+    }
+}
+
+fn check_memory_hotplug(vm: &Vm, prefix: &'static str) -> Result<(), ControlError> {
+    match vm.config().memory_hotplug {
+        Some(_) => Ok(()),
+        None => Err(ControlError::Single {
+            prefix,
+            what: "there is no memory to be plugged in. Add it with PUT /hotplug/memory before the start"
+                .into(),
+        }),
     }
 }
 

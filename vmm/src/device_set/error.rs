@@ -50,7 +50,9 @@ pub enum DeviceSetError {
         source: UpdateError,
     },
     /// Devices come and go on a PCI bus only.
-    #[error("PCI is not enabled: for devices that come and go start without --no-pci, and without pci=off in boot_args")]
+    #[error(
+        "PCI is not enabled: for devices that come and go start without --no-pci, and without pci=off in boot_args"
+    )]
     NoPci,
     /// The id of a device to be plugged in.
     #[error("Device ID in use: detach '{0}' first, or choose another id")]

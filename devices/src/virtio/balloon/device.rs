@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::hinting::Hinting;
 use super::metrics::Metrics;
 use super::reclaim::{Released, release, release_piece};
-use super::stats::{Stats, StatisticsStatus};
+use super::stats::{StatisticsStatus, Stats};
 use super::{Config, PAGES_PER_MIB, Patch, PatchError, feature, ranges};
 use crate::GuestMemory;
 use crate::timer::Timer;

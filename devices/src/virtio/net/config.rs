@@ -55,7 +55,7 @@ pub struct Config {
     pub iface_id: String,
     /// The host's tap; one that does not exist is created and vanishes with the VM. Absent when the host's end of the
     /// interface is something else.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "text", skip_serializing_if = "Option::is_none")]
     pub host_dev_name: Option<String>,
     /// The guest's Ethernet address; without one the guest makes up its own.
     pub guest_mac: Option<MacAddr>,
@@ -85,6 +85,11 @@ pub struct Config {
     /// Pairs of queues, 1 to [`MAX_QUEUES`]; 1 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+}
+
+/// What may be left out, and is a text if it is there.
+fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    String::deserialize(deserializer).map(Some)
 }
 
 impl Serialize for Config {
@@ -120,7 +125,7 @@ impl<'de> Visitor<'de> for ConfigVisitor {
 
 /// A change of a live interface. A bucket that is left out stays as it is, one of size or refill time zero is removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "struct NetworkInterfaceUpdateConfig")]
 pub struct Patch {
     /// The interface's id in the API.
     pub iface_id: String,
