@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use mayfly_tests::{HOST_TIMEOUT, Monitor, MonitorBuilder, Net, Result, Scratch, TestVm, TinyKernel, Vm};
+use mayfly_tests::{
+    Failure, HOST_TIMEOUT, Monitor, MonitorBuilder, Net, Result, Scratch, TestVm, TinyKernel, Vm,
+};
 use serde_json::{Value, json};
 
 fn monitor() -> Result<Monitor> {
@@ -209,6 +211,24 @@ fn a_config_file_with_a_card_that_is_not_there_is_refused() -> Result {
     let text = vm.stderr().text();
     let refusal = "MMMDS config error: there is no network interface 'other'";
     assert!(text.contains(refusal), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_detached_card_serves_no_metadata_until_it_is_attached_again() -> Result {
+    let vm = running(
+        "mfmmdsgone",
+        Some(json!({"network_interfaces": ["net0"], "version": "V2"})),
+    )?;
+    let shown = || Ok::<_, Failure>(vm.get("/vm/config")?.json()?["mmds-config"].clone());
+    let before = shown()?;
+    assert_eq!(before["network_interfaces"], json!(["net0"]));
+    vm.request("DELETE", "/network-interfaces/net0", r#"{"force":true}"#)?
+        .success()?;
+    assert_eq!(shown()?, Value::Null);
+    let card = json!({"iface_id": "net0", "host_dev_name": "mfmmdsgone"});
+    vm.put("/network-interfaces/net0", &card)?.success()?;
+    assert_eq!(shown()?, before);
     Ok(())
 }
 

@@ -119,7 +119,8 @@ fn every_section_but_two_may_be_null_or_left_out() -> Result {
     let nulls = json!({
         "boot-source": {"kernel_image_path": kernel, "initrd_path": null, "boot_args": null}, "drives": [],
         "balloon": null, "cpu-config": null, "logger": null, "metrics": null, "mmds-config": null, "vsock": null,
-        "entropy": null, "memory-hotplug": null, "serial": null,
+        "entropy": null, "memory-hotplug": null, "serial": null, "machine-config": null, "network-interfaces": null,
+        "pmem": null,
     });
     let (code, _, stderr) = check(&scratch, &nulls, &[])?;
     assert_eq!((code, stderr.as_str()), (0, ""));
@@ -144,6 +145,30 @@ fn a_good_file_is_checked_without_leaving_anything_behind() -> Result {
         let tap = net["host_dev_name"].as_str().unwrap_or_default();
         assert!(!Tap::exists(tap), "{tap}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_check_looks_at_the_files_that_the_command_line_names() -> Result {
+    let (scratch, config) = everything()?;
+    let good = scratch.join("lines").display().to_string();
+    let said = |config: &Value, option: &str, path: &str| -> Result<String> {
+        let (code, _, stderr) = check(&scratch, config, &[option, path])?;
+        assert_eq!(code, i32::from(!stderr.is_empty()), "{stderr}");
+        Ok(stderr)
+    };
+    assert_eq!(said(&config, "--metrics-path", &good)?, "");
+    assert_eq!(said(&config, "--log-path", &good)?, "");
+    let bad = "/nonexistent/lines";
+    assert!(
+        said(&config, "--metrics-path", bad)?.contains("Metrics error: cannot open '/nonexistent/lines'")
+    );
+    assert!(said(&config, "--log-path", bad)?.contains("Logger error: cannot open '/nonexistent/lines'"));
+    let twice = with(config, "/metrics", json!({"metrics_path": scratch.join("other")}));
+    let refusal = "section 'metrics' of the config file: Metrics error: the metrics path is set already";
+    let stderr = said(&twice, "--metrics-path", &good)?;
+    assert!(stderr.contains(refusal), "{stderr}");
+    assert!(!Path::new(&good).exists());
     Ok(())
 }
 

@@ -98,7 +98,10 @@ fn mayfly() -> u8 {
 fn check(path: &Path, args: &Args) -> u8 {
     let checked = config::read_config_file(path)
         .map_err(Fatal::from)
-        .and_then(|config| controller(args, Filters::none(), Arc::default())?.check(config));
+        .and_then(|config| {
+            let files = (args.logger.log_path.clone(), args.metrics_path.clone());
+            controller(args, Filters::none(), Arc::default())?.check(config, files)
+        });
     match checked {
         Ok(()) => {
             println!("The config file '{}' can be used.", path.display());

@@ -191,7 +191,7 @@ pub struct VmConfig {
     #[serde(default)]
     pub logger: Option<LoggerConfig>,
     /// Size and shape.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub machine_config: MachineConfig,
     /// Applied at once and not kept.
     #[serde(default)]
@@ -200,7 +200,7 @@ pub struct VmConfig {
     #[serde(default)]
     pub mmds_config: Option<mmds::Config>,
     /// Network cards.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub network_interfaces: Vec<net::Config>,
     /// Sockets between guest and host.
     #[serde(default)]
@@ -209,7 +209,7 @@ pub struct VmConfig {
     #[serde(default)]
     pub entropy: Option<rng::Config>,
     /// Files as memory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub pmem: Vec<pmem::Config>,
     /// Memory that is plugged in and out.
     #[serde(default)]
@@ -219,7 +219,25 @@ pub struct VmConfig {
     pub serial: Option<SerialConfig>,
 }
 
+fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    Option::deserialize(from).map(Option::unwrap_or_default)
+}
+
 impl VmConfig {
+    /// What users see, which makes the same machine again: without cards that would serve metadata, and are detached. Those
+    /// do it again when they are attached.
+    pub fn shown(&self) -> Self {
+        let mut shown = self.clone();
+        let is_there = |id: &String| self.network_interfaces.iter().any(|net| net.iface_id == *id);
+        if let Some(mmds) = &mut shown.mmds_config {
+            mmds.network_interfaces.retain(is_there);
+        }
+        shown.mmds_config = shown
+            .mmds_config
+            .filter(|mmds| !mmds.network_interfaces.is_empty());
+        shown
+    }
+
     /// Whether other processes have to see the guest's memory.
     pub fn shares_memory(&self) -> bool {
         self.devices().iter().any(DeviceConfig::shares_memory)

@@ -35,8 +35,19 @@ impl Controller {
     }
 
     /// Checks a config file without a machine: whether each section can be applied, what it names can be opened, and
-    /// kernel, initrd and devices have room. It works without KVM, writes no file and leaves nothing behind.
-    pub fn check(&mut self, mut config: VmConfig) -> Result<(), Box<dyn std::error::Error>> {
+    /// kernel, initrd and devices have room. It works without KVM, writes no file and leaves nothing behind. `log` and
+    /// `metrics` are the files that the command line names.
+    pub fn check(
+        &mut self,
+        mut config: VmConfig,
+        (log, metrics): (Option<PathBuf>, Option<PathBuf>),
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        if metrics.is_some() && config.metrics.is_some() {
+            return Err(in_section("metrics")(ControlError::MetricsTwice).into());
+        }
+        for (section, path) in [("Logger", log), ("Metrics", metrics)] {
+            path.map_or(Ok(()), |path| check_path(section, path))?;
+        }
         let log = config.logger.take().and_then(|logger| logger.log_path);
         let metrics = config.metrics.take().map(|metrics| metrics.metrics_path);
         let serial = config.serial.as_mut().and_then(|s| s.serial_out_path.take());

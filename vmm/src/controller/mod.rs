@@ -88,7 +88,7 @@ impl Controller {
                 ))
             }
             Action::GetMachineConfig => Ok(reply(&self.any_config().machine_config)),
-            Action::GetVmConfig => Ok(reply(self.any_config())),
+            Action::GetVmConfig => Ok(reply(&self.any_config().shown())),
             Action::GetMetrics => Ok(Reply::Text(CONTENT_TYPE, self.exposition())),
             Action::GetEvents if self.events().has_room() => Ok(Reply::Events),
             Action::GetEvents => Err(ControlError::Subscribers),
