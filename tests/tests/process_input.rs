@@ -80,6 +80,43 @@ fn a_truncated_kernel_is_named() -> Result {
     assert_kernel_refused(&monitor, &half, &["half"])
 }
 
+/// A compressed kernel with the header of a real one, whose code halts; 64 KiB of it come after 20 KiB of setup code.
+fn bzimage() -> Vec<u8> {
+    const SETUP: usize = 40 * 512;
+    const CODE: usize = 64 << 10;
+    let mut file = vec![0xcc; SETUP + CODE];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    // Sectors of setup code, size of the rest in units of 16 bytes, end of the header, its name and version.
+    put(0x1f1, &[39]);
+    put(
+        0x1f4,
+        &u32::try_from(CODE / 16).expect("it is small").to_le_bytes(),
+    );
+    put(0x201, &[0x6a]);
+    put(0x202, b"HdrS\x0f\x02");
+    // The highest address of an initrd, the 64-bit entry, where it wants to be, and the memory that it takes there.
+    put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
+    put(0x236, &[1, 0]);
+    put(0x258, &(16_u64 << 20).to_le_bytes());
+    put(0x260, &(1_u32 << 20).to_le_bytes());
+    // again: cli; hlt; jmp again
+    put(SETUP + 0x200, &[0xfa, 0xf4, 0xeb, 0xfc]);
+    // The signature that a real one ends with is no part of the kernel.
+    file.extend([0xee; 1472]);
+    file
+}
+
+#[test]
+fn a_truncated_bzimage_is_named_and_a_whole_one_starts() -> Result {
+    let monitor = monitor()?;
+    let whole = bzimage();
+    let half = file(&monitor, "half", &whole[..whole.len() / 2])?;
+    assert_kernel_refused(&monitor, &half, &["half", "cut short", "86016 are needed"])?;
+    boot_source(&monitor, &file(&monitor, "whole", &whole)?)?;
+    start(&monitor)?.success()?;
+    Ok(())
+}
+
 #[test]
 fn an_initrd_that_cannot_be_read_is_named() -> Result {
     let monitor = monitor()?;

@@ -10,6 +10,8 @@ use crate::memory::GuestMemory;
 /// Where the setup header begins, in the file and in the zero page.
 pub(super) const SETUP_HEADER: usize = 0x1f1;
 const SECTOR: u64 = 512;
+/// The unit of `syssize`.
+const PARAGRAPH: u64 = 16;
 /// The 64-bit entry lies here from the start of the protected-mode kernel.
 const ENTRY_64: u64 = 0x200;
 /// Protocol 2.12 brought the flag that says so.
@@ -41,8 +43,15 @@ pub(super) fn load(memory: &GuestMemory, image: &Image, head: &[u8]) -> Result<L
         sectors => u64::from(sectors),
     };
     let start = (sectors + 1) * SECTOR;
-    image.check_range("compressed kernel", start, ENTRY_64 + 1)?;
-    let size = image.size() - start;
+    // What its header says, not what is left of the file: a file that was cut short would start, and die unpacking.
+    let size = word(0x1f4)? * PARAGRAPH;
+    if size <= ENTRY_64 {
+        return Err(KernelError::Damaged {
+            path: path(),
+            what: "its 64-bit entry lies behind the end of its code",
+        });
+    }
+    image.check_range("compressed kernel", start, size)?;
     // Wherever it is loaded, it unpacks itself to its preferred address or above, and works in the memory behind that.
     let address = field(head, 0x258).map(u64::from_le_bytes).ok_or_else(short)?;
     let needed = word(0x260)?.max(size);

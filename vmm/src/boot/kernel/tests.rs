@@ -94,10 +94,13 @@ fn elf(loads: &[Load], pvh: Option<u32>) -> Vec<u8> {
     file
 }
 
+/// A compressed kernel in a file of this size, which is a multiple of 16.
 fn bzimage(size: usize) -> Vec<u8> {
     let mut file = vec![0xabu8; size];
     let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
     put(0x1f1, &[1]);
+    let paragraphs = u32::try_from((size - 1024) / 16).unwrap();
+    put(0x1f4, &paragraphs.to_le_bytes());
     put(0x201, &[0x6a]);
     put(0x202, b"HdrS");
     put(0x206, &0x020fu16.to_le_bytes());
@@ -472,6 +475,48 @@ fn refuses_a_truncated_bzimage() {
         let (_, loaded) = load_bytes(&whole[..len], 32);
         assert!(loaded.is_err(), "{len}");
     }
+}
+
+#[test]
+fn a_bzimage_is_whole_when_all_that_its_header_counts_is_there() {
+    let whole = bzimage(8192);
+    for len in (1024 + 0x201..8192).rev().step_by(97).chain(8192 - 33..8192) {
+        let (_, loaded) = load_bytes(&whole[..len], 32);
+        let message = loaded.unwrap_err().to_string();
+        let expected = format!("it has {len} bytes, and 8192 are needed for its compressed kernel");
+        assert!(message.ends_with(&expected), "{message}");
+    }
+    load_bytes(&whole, 32).1.unwrap();
+}
+
+#[test]
+fn what_follows_a_bzimage_is_not_loaded() {
+    for extra in [1, 15, 16, 1472] {
+        let mut file = bzimage(8192);
+        file.resize(8192 + extra, 0xee);
+        let (memory, loaded) = load_bytes(&file, 32);
+        assert_eq!(loaded.unwrap().end, 16 * MIB + 0x10_0000);
+        let end = 16 * MIB + 8192 - 1024;
+        assert_eq!([byte(&memory, end - 1), byte(&memory, end)], [0xab, 0]);
+    }
+}
+
+#[test]
+fn refuses_a_bzimage_whose_entry_is_not_part_of_it() {
+    for (paragraphs, suits) in [(0u32, false), (0x20, false), (0x21, true)] {
+        let mut file = bzimage(8192);
+        file[0x1f4..0x1f8].copy_from_slice(&paragraphs.to_le_bytes());
+        let loaded = load_bytes(&file, 32).1;
+        assert_eq!(loaded.is_ok(), suits, "{paragraphs}: {loaded:?}");
+    }
+}
+
+#[test]
+fn refuses_a_bzimage_that_claims_to_be_of_any_size() {
+    let mut file = bzimage(8192);
+    file[0x1f4..0x1f8].copy_from_slice(&u32::MAX.to_le_bytes());
+    let message = load_bytes(&file, 32).1.unwrap_err().to_string();
+    assert!(message.contains("is cut short"), "{message}");
 }
 
 #[test]
