@@ -244,6 +244,27 @@ impl Monitor {
         }
     }
 
+    /// The number of its thread of this name.
+    pub fn thread(&self, name: &str) -> Result<i32> {
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let task = task?;
+            if std::fs::read_to_string(task.path().join("comm"))?.trim() == name {
+                return Ok(task.file_name().to_string_lossy().parse()?);
+            }
+        }
+        Err(self.failure(&format!("no thread '{name}'")))
+    }
+
+    /// Sends a signal to one of its threads.
+    pub fn signal_thread(&self, name: &str, signal: i32) -> Result {
+        let (pid, thread) = (i32::try_from(self.pid())?, self.thread(name)?);
+        // SAFETY: needed because the standard library sends no signals; the call takes and gives plain numbers.
+        match unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, signal) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error().into()),
+        }
+    }
+
     /// True once the process has ended.
     pub fn has_ended(&self) -> bool {
         !matches!(lock(&self.child).try_wait(), Ok(None))

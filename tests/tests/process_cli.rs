@@ -145,6 +145,22 @@ fn a_hangup_ends_with_156_and_removes_the_socket() -> Result {
 }
 
 #[test]
+fn what_it_was_started_to_ignore_does_not_end_it() -> Result {
+    // As a shell starts a job in the background.
+    let ignore = || {
+        // SAFETY: needed because the standard library sets no actions; the call takes and gives plain numbers.
+        match unsafe { libc::signal(libc::SIGQUIT, libc::SIG_IGN) } {
+            libc::SIG_ERR => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    };
+    let monitor = MonitorBuilder::new("signal")?.prepare(ignore).start()?;
+    monitor.signal(libc::SIGQUIT)?;
+    assert_eq!(monitor.get("/version")?.status, 200);
+    Ok(())
+}
+
+#[test]
 fn a_broken_pipe_does_not_end_it() -> Result {
     let monitor = MonitorBuilder::new("signal")?.start()?;
     monitor.signal(libc::SIGPIPE)?;

@@ -312,7 +312,11 @@ fn limits_are_set() -> Result {
 
 #[test]
 fn the_jailer_ends_like_its_vm() -> Result {
-    for (starter, signal) in [(Starter::Root, libc::SIGTERM), (Starter::User, libc::SIGINT)] {
+    for (starter, signal) in [
+        (Starter::Root, libc::SIGTERM),
+        (Starter::User, libc::SIGINT),
+        (Starter::Root, libc::SIGQUIT),
+    ] {
         let jail = Jail::new("end", starter)?;
         let vm = jail.start(&[])?;
         kill(vm.id(), signal)?;
@@ -323,6 +327,18 @@ fn the_jailer_ends_like_its_vm() -> Result {
         let ended = jail.run(&["--", "--no-such-option"])?;
         assert_eq!(ended.code, 153, "{ended:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn an_abort_ends_a_vm_that_is_the_first_process_of_its_namespace() -> Result {
+    let jail = Jail::new("abort", Starter::Root)?;
+    let vm = jail.start(&[])?;
+    let pid = jail.pid()?;
+    assert_eq!(status(pid, "NSpid:")?, format!("{pid} 1"));
+    kill(pid, libc::SIGABRT)?;
+    assert_eq!(vm.wait()?.code, 128 + libc::SIGABRT);
+    assert!(!jail.socket().exists());
     Ok(())
 }
 

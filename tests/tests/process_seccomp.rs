@@ -47,22 +47,6 @@ fn assert_threads(monitor: &Monitor, line: &str, expected: [u32; 5]) -> Result {
     waited.map_err(|_| monitor.failure(&format!("{line} {told:?}, not {expected:?}")))
 }
 
-/// The number of a thread.
-fn thread(monitor: &Monitor, name: &str) -> Result<i32> {
-    for task in fs::read_dir(format!("/proc/{}/task", monitor.pid()))? {
-        let path = task?.path();
-        if fs::read_to_string(path.join("comm"))?.trim() == name {
-            let number = path
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            return Ok(number.parse()?);
-        }
-    }
-    Err(monitor.failure(&format!("no thread '{name}'")))
-}
-
 /// A machine with a thread of every kind, which waits in guest code or halts.
 fn machine(scratch: &Scratch, args: &[&str]) -> Result<Vm> {
     let image = scratch.file("image", [0; 4096])?;
@@ -263,15 +247,6 @@ fn filters_that_cannot_be_used_are_refused_with_the_reason() -> Result {
     Ok(())
 }
 
-/// Sends a signal to one thread.
-fn signal_thread(monitor: &Monitor, name: &str, signal: i32) -> Result {
-    let (pid, thread) = (i32::try_from(monitor.pid())?, thread(monitor, name)?);
-    // SAFETY: needed because the standard library sends no signals; the call takes and gives plain numbers.
-    let sent = unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, signal) };
-    assert_eq!(sent, 0);
-    Ok(())
-}
-
 #[test]
 fn a_thread_that_may_not_remove_files_falls_without_leaving_any() -> Result {
     for (name, signal, code) in [
@@ -282,10 +257,15 @@ fn a_thread_that_may_not_remove_files_falls_without_leaving_any() -> Result {
         ("api", libc::SIGABRT, -libc::SIGABRT),
         ("vcpu 0", libc::SIGABRT, -libc::SIGABRT),
         ("mayfly", libc::SIGABRT, -libc::SIGABRT),
+        ("vcpu 0", libc::SIGTRAP, -libc::SIGTRAP),
+        ("io 0", libc::SIGFPE, -libc::SIGFPE),
+        ("flush", libc::SIGUSR1, -libc::SIGUSR1),
+        ("api", libc::SIGQUIT, -libc::SIGQUIT),
+        ("mayfly", libc::SIGQUIT, -libc::SIGQUIT),
     ] {
         let scratch = Scratch::new("falls")?;
         let vm = machine(&scratch, &[])?;
-        signal_thread(&vm, name, signal)?;
+        vm.signal_thread(name, signal)?;
         assert_eq!(vm.wait_exit()?, code, "{name}: {}", vm.log());
         assert!(!vm.socket().exists(), "{name}");
     }

@@ -40,10 +40,17 @@ impl Session {
         })
     }
 
-    /// Waits for the end, and asserts its code and that the terminal is as it was.
+    fn wait_raw(&self) -> Result {
+        wait_until("raw mode", HOST_TIMEOUT, || {
+            self.terminal.is_raw().unwrap_or(false)
+        })
+    }
+
+    /// Waits for the end, and asserts its code, that the terminal is as it was and that no socket is left.
     fn assert_ends(&self, code: i32) -> Result {
         assert_eq!(self.monitor.wait_exit()?, code);
-        assert!(self.terminal.is_usual()?);
+        assert!(self.terminal.is_usual()?, "{code}");
+        assert!(!self.monitor.socket().exists(), "{code}");
         Ok(())
     }
 }
@@ -52,9 +59,7 @@ impl Session {
 fn the_terminal_is_raw_while_the_guest_runs() -> Result {
     let session = session(&TinyKernel::new().print("ready\n").echo())?;
     session.wait_screen("ready")?;
-    wait_until("raw mode", HOST_TIMEOUT, || {
-        session.terminal.is_raw().unwrap_or(false)
-    })?;
+    session.wait_raw()?;
     // Ctrl-C and a key without a line's end go to the guest, which shows them.
     session.terminal.person()?.write_all(b"key\x03!")?;
     session.wait_screen("key\x03!")
@@ -73,11 +78,51 @@ fn the_terminal_is_restored_when_a_signal_ends_the_process() -> Result {
         (libc::SIGHUP, 156),
     ] {
         let session = session(&TinyKernel::new().print("ready\n").halt())?;
-        wait_until("raw mode", HOST_TIMEOUT, || {
-            session.terminal.is_raw().unwrap_or(false)
-        })?;
+        session.wait_raw()?;
         session.monitor.signal(signal)?;
         session.assert_ends(code)?;
+    }
+    Ok(())
+}
+
+/// Signals that nobody expects: they end the process as they would without Mayfly's doing, and its parent sees that. The
+/// first of the real-time ones is Mayfly's own.
+const DEADLY: [i32; 14] = [
+    libc::SIGQUIT,
+    libc::SIGTRAP,
+    libc::SIGABRT,
+    libc::SIGFPE,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGSTKFLT,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
+    35,
+    64,
+];
+
+#[test]
+fn the_terminal_is_restored_after_every_signal_that_ends_a_process() -> Result {
+    for signal in DEADLY {
+        let session = session(&TinyKernel::new().print("ready\n").halt())?;
+        session.wait_raw()?;
+        session.monitor.signal(signal)?;
+        session.assert_ends(-signal)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_terminal_is_restored_after_a_signal_to_a_vcpu() -> Result {
+    for signal in [libc::SIGQUIT, libc::SIGFPE, 64] {
+        let session = session(&TinyKernel::new().print("ready\n").spin())?;
+        session.wait_raw()?;
+        session.wait_screen("ready")?;
+        session.monitor.signal_thread("vcpu 0", signal)?;
+        session.assert_ends(-signal)?;
     }
     Ok(())
 }

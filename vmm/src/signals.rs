@@ -1,7 +1,8 @@
 //! What signals do to the process.
 //!
 //! SIGTERM and SIGINT wait in a signalfd for the control thread, which ends the process in order. Faults and resource
-//! limits end it at once with the exit code that orchestrators know. SIGPIPE is only counted.
+//! limits end it at once with the exit code that orchestrators know. SIGPIPE is only counted. All others whose default is
+//! to end a process do so, once sockets and terminal are as they were.
 //!
 //! A thread that a signal ends says so and hands over to the control thread, as only that one may remove files and set
 //! the terminal back.
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::register_signal_handler;
 
+use crate::kvm::kick_signal;
 use crate::logger::LOGGER;
 use crate::metrics::last_words;
 use crate::{seccomp, terminal};
@@ -31,6 +33,21 @@ const FATAL: [(c_int, c_int, &str); 7] = [
     (libc::SIGHUP, 156, "sighup"),
     (libc::SIGILL, 157, "sigill"),
 ];
+/// Signals, besides the real-time ones, that end the process as they would without a handler, but leave nothing behind. So
+/// does SIGABRT, by which other threads hand these over to the control thread.
+const DEADLY: [c_int; 11] = [
+    libc::SIGQUIT,
+    libc::SIGTRAP,
+    libc::SIGFPE,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGSTKFLT,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
+];
 /// The exit code after a signal that nobody has reason to send, such as a SIGSYS that is not from a filter.
 const UNEXPECTED: c_int = 2;
 /// `SYS_SECCOMP` of `siginfo_t`: a filter has refused a system call.
@@ -40,6 +57,8 @@ const PATIENCE: libc::c_uint = 1;
 
 /// The exit code that the first fatal signal has chosen; 0 before.
 static DYING: AtomicI32 = AtomicI32::new(0);
+/// The first signal of those that the process dies of as if it had no handler; 0 before.
+static DEATH: AtomicI32 = AtomicI32::new(0);
 static PIPES: AtomicU64 = AtomicU64::new(0);
 /// The sockets of the API and of the vsock device, to be removed by a fatal signal's handler.
 static SOCKETS: [OnceLock<CString>; 2] = [const { OnceLock::new() }; 2];
@@ -135,18 +154,22 @@ pub fn on_panic() {
     }));
 }
 
-/// Sees to it that an abort leaves no sockets and no raw terminal behind.
-extern "C" fn on_abort(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    if hand_over(signal) {
+/// Sees to it that a death by a signal leaves no sockets and no raw terminal behind.
+extern "C" fn on_deadly(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    let _ = DEATH.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
+    // Not `signal`, whose action is the default again.
+    if hand_over(libc::SIGABRT) {
         terminal::restore();
         remove_sockets();
     }
-    // SAFETY: needed because only async-signal-safe calls are allowed here; these are, and take plain numbers. The
-    // signal is blocked until this handler returns, and then ends the process.
-    unsafe {
-        libc::signal(signal, libc::SIG_DFL);
-        libc::raise(signal);
+    let signal = DEATH.load(Ordering::SeqCst);
+    if signal == libc::SIGABRT {
+        // SAFETY: needed because only async-signal-safe calls are allowed here; this is one, and takes plain numbers.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
+    take(signal);
+    // SAFETY: as above.
+    unsafe { libc::_exit(128 + signal) }
 }
 
 extern "C" fn on_pipe(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
@@ -159,9 +182,35 @@ pub fn install() -> io::Result<Termination> {
     for (signal, _, _) in FATAL {
         register_signal_handler(signal, on_fatal).map_err(failed)?;
     }
-    register_signal_handler(libc::SIGABRT, on_abort).map_err(failed)?;
+    register_signal_handler(libc::SIGABRT, on_deadly).map_err(failed)?;
     register_signal_handler(libc::SIGPIPE, on_pipe).map_err(failed)?;
+    let real_time = kick_signal() + 1..=libc::SIGRTMAX();
+    for signal in DEADLY.into_iter().chain(real_time) {
+        die_in_order_by(signal)?;
+    }
     Termination::new()
+}
+
+/// Installs the handler of a deadly signal, which is for once: the filters of most threads do not let them restore the
+/// default action. What the process was started to ignore, as background jobs are SIGQUIT, stays ignored.
+fn die_in_order_by(signal: c_int) -> io::Result<()> {
+    let checked = |result| match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: needed because no wrapper in use knows such handlers. The value is plain data of which all zeros are valid,
+    // and the handler is of the type that SA_SIGINFO stands for.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        checked(libc::sigaction(signal, std::ptr::null(), &mut action))?;
+        if action.sa_sigaction == libc::SIG_IGN {
+            return Ok(());
+        }
+        action.sa_sigaction = on_deadly as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND;
+        libc::sigfillset(&mut action.sa_mask);
+        checked(libc::sigaction(signal, &action, std::ptr::null_mut()))
+    }
 }
 
 /// SIGTERM and SIGINT, waiting to be read.
@@ -206,14 +255,21 @@ impl AsRawFd for Termination {
 /// Ends the process by `signal`, as its parent expects of a process that does not handle it. The first process of a PID
 /// namespace does not die by its own signals: it exits with the code that shells give for the signal.
 pub fn die_by(signal: c_int) -> ! {
-    // SAFETY: needed to restore the default action and unblock the signal. The set is initialized before its use.
+    // SAFETY: needed to restore the default action; takes plain numbers.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
+    take(signal);
+    std::process::exit(128 + signal)
+}
+
+/// Lets `signal`, whose action is the default one, end this process. Returns in the first process of a PID namespace.
+/// Async-signal-safe.
+fn take(signal: c_int) {
+    // SAFETY: needed to send and unblock the signal. The set is initialized before its use.
     unsafe {
-        libc::signal(signal, libc::SIG_DFL);
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, signal);
         libc::raise(signal);
         libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
     }
-    std::process::exit(128 + signal)
 }
