@@ -81,6 +81,9 @@ fn disks_on_mmio_read_and_write_and_flush() -> Result {
     let guest = disks.vm.guest();
     assert!(!guest.check("ls -l /sys/block/vda")?.contains("pci"));
     assert_eq!(guest.run("ls /sys/bus/pci/devices")?.stdout, "");
+    let line = guest.check("cat /proc/cmdline")?;
+    let places = "pci=off virtio_mmio.device=4K@0xc0001000:5 virtio_mmio.device=4K@0xc0002000:6";
+    assert!(line.contains(places), "{line}");
     assert_disks_work(&disks)?;
     assert_a_swapped_image_is_seen(&disks)
 }

@@ -154,3 +154,48 @@ pub fn create_vcpus(
     };
     (0..count).map(make).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The command line of a machine with two virtio-mmio devices, whose user gave this one.
+    fn with_two_mmio_devices(args: &str) -> String {
+        let places = [(0xc000_1000, 5), (0xc000_2000, 6)];
+        let mut line = CommandLine::new(args).unwrap();
+        add_device_parameters(&mut line, &VmConfig::default(), &places).unwrap();
+        line.as_string()
+    }
+
+    const DEVICES: &str = "virtio_mmio.device=4K@0xc0001000:5 virtio_mmio.device=4K@0xc0002000:6";
+
+    #[test]
+    fn kernels_without_acpi_are_told_where_mmio_devices_are() {
+        assert_eq!(
+            with_two_mmio_devices("panic=1"),
+            format!("panic=1 pci=off {DEVICES}")
+        );
+    }
+
+    #[test]
+    fn what_the_user_says_of_pci_stays_beside_mmio_devices() {
+        for args in ["pci=off", "quiet pci=nomsi"] {
+            assert_eq!(with_two_mmio_devices(args), format!("{args} {DEVICES}"));
+        }
+    }
+
+    #[test]
+    fn places_of_mmio_devices_go_before_the_arguments_of_init() {
+        assert_eq!(
+            with_two_mmio_devices("quiet -- pci=1"),
+            format!("quiet pci=off {DEVICES} -- pci=1")
+        );
+    }
+
+    #[test]
+    fn without_mmio_devices_nothing_is_said_of_pci() {
+        let mut line = CommandLine::new("panic=1").unwrap();
+        add_device_parameters(&mut line, &VmConfig::default(), &[]).unwrap();
+        assert_eq!(line.as_string(), "panic=1");
+    }
+}
