@@ -57,7 +57,7 @@ pub use image::{pattern, without_pvh_note, zeros};
 pub use loop_device::LoopDevice;
 pub use monitor::Monitor;
 pub use monitor_builder::MonitorBuilder;
-pub use qemu_img::{check_qcow2, create_qcow2, qemu_img, read_qcow2};
+pub use qemu_img::{check_qcow2, create_encrypted_qcow2, create_qcow2, qemu_img, read_qcow2};
 pub use scratch::Scratch;
 pub use tap::Tap;
 pub use terminal::Terminal;

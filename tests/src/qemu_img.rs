@@ -46,6 +46,29 @@ pub fn create_qcow2(image: &Path, base: Option<&Path>, size: &str) -> Result {
     Ok(())
 }
 
+/// Creates a qcow2 image of a MiB that is encrypted.
+pub fn create_encrypted_qcow2(image: &Path) -> Result {
+    let create = || {
+        let options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
+        let words = [
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "--object",
+            "secret,id=key,data=word",
+        ];
+        let words = words.into_iter().chain(["-o", options]).map(OsStr::new);
+        qemu_img(words.chain([image.as_os_str(), OsStr::new("1M")])).map(drop)
+    };
+    // It measures how fast the processor is, and gives up when the kernel counts no time for it, as on a busy host.
+    let unlucky = |failure: &Failure| failure.to_string().contains("accurate CPU usage");
+    (0..20)
+        .map(|_| create())
+        .find(|created| !created.as_ref().is_err_and(unlucky))
+        .unwrap_or_else(create)
+}
+
 /// Fails if an image is not whole. Clusters that nobody uses any more are no fault.
 pub fn check_qcow2(image: &Path) -> Result {
     let output = Command::new("qemu-img").arg("check").arg(image).output()?;

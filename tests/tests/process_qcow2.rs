@@ -4,8 +4,8 @@ use std::fs;
 use std::time::Instant;
 
 use mayfly_tests::{
-    Drive, HOST_TIMEOUT, Result, Scratch, TestVm, TinyKernel, Vm, check_qcow2, create_qcow2, pattern,
-    qemu_img,
+    Drive, HOST_TIMEOUT, Result, Scratch, TestVm, TinyKernel, Vm, check_qcow2, create_encrypted_qcow2,
+    create_qcow2, pattern, qemu_img,
 };
 use serde_json::{Value, json};
 
@@ -91,20 +91,7 @@ fn what_is_refused_is_told_with_the_remedy_and_changes_nothing() -> Result {
     let other = scratch.file("other.raw", pattern(MIB))?;
     let (clone, secret) = (scratch.join("clone.qcow2"), scratch.join("secret.qcow2"));
     create_qcow2(&clone, Some(&base), "")?;
-    let options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
-    let secret_path = secret.to_str().unwrap_or_default();
-    qemu_img([
-        "create",
-        "-q",
-        "--object",
-        "secret,id=key,data=word",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        secret_path,
-        "1M",
-    ])?;
+    create_encrypted_qcow2(&secret)?;
     let vm = started(machine(
         &scratch,
         "refused",
