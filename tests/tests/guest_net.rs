@@ -130,7 +130,14 @@ fn a_failed_start_leaves_no_tap() -> Result {
         .kernel(kernel)
         .net(Net::on("net0", "mftest4"))
         .start();
-    assert!(failed.is_err());
+    let message = failed
+        .err()
+        .map(|failure| failure.to_string())
+        .unwrap_or_default();
+    assert!(
+        message.contains("is neither an ELF vmlinux nor a bzImage"),
+        "{message}"
+    );
     assert!(!Tap::exists("mftest4"));
     Ok(())
 }
