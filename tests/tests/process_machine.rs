@@ -54,6 +54,22 @@ fn a_kernel_without_a_pvh_note_starts_in_long_mode() -> Result {
 }
 
 #[test]
+fn sixteen_mebibytes_are_accepted_and_run_a_guest_and_less_is_refused() -> Result {
+    let kernel = TinyKernel::new().print("small\n").halt();
+    let (vm, _scratch) = machine("mem-16", &kernel)?;
+    let vm = started(vm.mem_mib(16), "small\n")?;
+    assert_eq!(vm.get("/machine-config")?.json()?["mem_size_mib"], 16);
+    let (vm, _scratch) = machine("mem-15", &kernel)?;
+    let refused = vm.mem_mib(15).start().err().map(|failure| failure.to_string());
+    let refused = refused.unwrap_or_default();
+    assert!(
+        refused.contains("mem_size_mib is 15; it must be at least 16"),
+        "{refused}"
+    );
+    Ok(())
+}
+
+#[test]
 fn a_reset_by_the_guest_ends_the_process_with_0_and_removes_the_socket() -> Result {
     let (vm, _scratch) = machine("reset", &TinyKernel::new().print("bye\n").reset())?;
     let vm = vm.start()?;
