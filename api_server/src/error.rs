@@ -98,7 +98,9 @@ pub enum ServerError {
         path: PathBuf,
     },
     /// The directory of the path does not exist.
-    #[error("cannot create API socket {path:?}: {directory:?} is not an existing directory")]
+    #[error(
+        "cannot create API socket {path:?}: {directory:?} is not an existing directory; make it, or choose another path"
+    )]
     NoDirectory {
         /// The path as given.
         path: PathBuf,

@@ -79,6 +79,12 @@ fn bad_arguments_end_with_153_and_are_named() -> Result {
     assert_ends(&["--api-sock"], 153, &["'api-sock'", "requires a value"])?;
     assert_ends(&["--id", "a", "--id", "b"], 153, &["'id'", "more than once"])?;
     assert_ends(&["--no-api"], 153, &["'config-file'", "required"])?;
+    assert_ends(&["--boot-timer=1"], 153, &["'boot-timer'", "takes no value"])?;
+    assert_ends(
+        &["--describe-snapshot", "f"],
+        153,
+        &["'describe-snapshot'", "leave it out"],
+    )?;
     assert_ends(&["--id", "a_b"], 153, &["id", "a_b"])?;
     assert_ends(&["--id", ""], 153, &["id"])?;
     assert_ends(&["--start-time-us=x"], 153, &["start-time-us"])?;
@@ -196,7 +202,7 @@ fn a_socket_path_that_cannot_be_is_named_with_what_is_wrong() -> Result {
     assert_ends(
         &["--api-sock", "/nonexistent/folder/sock"],
         1,
-        &["/nonexistent/folder"],
+        &["\"/nonexistent/folder\"", "make it"],
     )?;
     assert_ends(&["--api-sock", "/proc/sock"], 1, &["/proc/sock"])
 }
@@ -302,12 +308,12 @@ fn a_log_that_cannot_be_opened_is_named() -> Result {
     assert_ends(
         &["--log-path", "/nonexistent/log"],
         1,
-        &["/nonexistent/log", "No such file"],
+        &["/nonexistent/log", "check the path", "No such file"],
     )?;
-    assert_ends(&["--log-path", "/"], 1, &["directory"])?;
+    assert_ends(&["--log-path", "/"], 1, &["a regular file", "directory"])?;
     assert_ends(
         &["--metrics-path", "/nonexistent/m"],
         1,
-        &["/nonexistent/m", "No such file"],
+        &["/nonexistent/m", "check the path", "No such file"],
     )
 }

@@ -321,7 +321,7 @@ fn what_is_no_config_is_refused() -> Result {
     let (code, _, stderr) = check_file(&scratch.join("none.json"), &[])?;
     assert_eq!(code, 1);
     assert!(
-        stderr.contains("none.json") && stderr.contains("No such file"),
+        stderr.contains("none.json': check the path") && stderr.contains("No such file"),
         "{stderr}"
     );
     Ok(())

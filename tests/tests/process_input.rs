@@ -47,7 +47,7 @@ fn a_kernel_that_cannot_be_read_is_named() -> Result {
     assert_kernel_refused(
         &monitor,
         "/nonexistent/kernel",
-        &["/nonexistent/kernel", "No such file"],
+        &["/nonexistent/kernel", "check the path", "No such file"],
     )?;
     assert_kernel_refused(&monitor, "/tmp", &["/tmp", "directory"])?;
     assert_eq!(
@@ -60,11 +60,19 @@ fn a_kernel_that_cannot_be_read_is_named() -> Result {
 #[test]
 fn a_kernel_that_is_none_is_named() -> Result {
     let monitor = monitor()?;
-    assert_kernel_refused(&monitor, &file(&monitor, "empty", b"")?, &["empty"])?;
+    assert_kernel_refused(
+        &monitor,
+        &file(&monitor, "empty", b"")?,
+        &["empty", "copy or build it again"],
+    )?;
     assert_kernel_refused(
         &monitor,
         &file(&monitor, "text", b"Hello, this is no kernel.\n")?,
-        &["text"],
+        &[
+            "text",
+            "neither an ELF vmlinux nor a bzImage",
+            "give one of those",
+        ],
     )?;
     let large = file(&monitor, "large", &[b'x'; 100_000])?;
     assert_kernel_refused(&monitor, &large, &["large"])
@@ -127,7 +135,11 @@ fn an_initrd_that_cannot_be_read_is_named() -> Result {
             &json!({"kernel_image_path": kernel, "initrd_path": initrd}),
         )
     };
-    put("/nonexistent/initrd")?.assert_refused(&["Boot source error", "/nonexistent/initrd"]);
+    put("/nonexistent/initrd")?.assert_refused(&[
+        "Boot source error",
+        "/nonexistent/initrd",
+        "check the path",
+    ]);
     put("/tmp")?.assert_refused(&["/tmp", "directory"]);
     Ok(())
 }
@@ -287,13 +299,13 @@ fn files_for_lines_that_cannot_be_opened_are_named() -> Result {
     let monitor = monitor()?;
     monitor
         .put("/logger", &json!({"log_path": "/nonexistent/log"}))?
-        .assert_refused(&["/nonexistent/log"]);
+        .assert_refused(&["/nonexistent/log", "check the path"]);
     monitor
         .put("/metrics", &json!({"metrics_path": "/nonexistent/m"}))?
-        .assert_refused(&["/nonexistent/m"]);
+        .assert_refused(&["/nonexistent/m", "check the path"]);
     monitor
         .put("/serial", &json!({"serial_out_path": "/nonexistent/s"}))?
-        .assert_refused(&["/nonexistent/s"]);
+        .assert_refused(&["/nonexistent/s", "check the path"]);
     assert!(monitor.log().contains("/nonexistent/log"));
     Ok(())
 }

@@ -106,6 +106,14 @@ pub enum ArgsError {
     /// An option that takes a value has none.
     #[error("The argument '{0}' requires a value, but none was supplied.")]
     MissingValue(String),
+    /// An option that takes no value has one.
+    #[error("The argument '{0}' takes no value: leave out what follows it with '='.")]
+    NeedlessValue(&'static str),
+    /// An option of Firecracker's for what Mayfly has not.
+    #[error(
+        "The argument '{0}' is about snapshots, which this version of Mayfly does not have: leave it out."
+    )]
+    NoSnapshots(&'static str),
     /// An option was given twice.
     #[error("The argument '{0}' was provided more than once.")]
     Twice(&'static str),
@@ -219,7 +227,8 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command, ArgsE
             Some(known) => (*known, Some(value_of(&mut parser, known)?)),
             None => match FLAGS.iter().find(|known| **known == name) {
                 Some(known) if parser.optional_value().is_none() => (*known, None),
-                _ => return Err(ArgsError::Unexpected(name)),
+                Some(known) => return Err(ArgsError::NeedlessValue(known)),
+                None => return Err(ArgsError::Unexpected(name)),
             },
         };
         if options.has(name) {
@@ -252,12 +261,7 @@ impl Args {
     fn new(options: &Options) -> Result<Self, ArgsError> {
         for name in ["describe-snapshot", "snapshot-version"] {
             if options.has(name) {
-                let expected = "this version of Mayfly does not have it".into();
-                return Err(ArgsError::Value {
-                    argument: name,
-                    value: String::new(),
-                    expected,
-                });
+                return Err(ArgsError::NoSnapshots(name));
             }
         }
         let config_file = options.path("config-file");
@@ -381,7 +385,23 @@ mod tests {
         assert_eq!(run(&["--foo"]), Err(ArgsError::Unexpected("foo".into())));
         assert_eq!(run(&["foo"]), Err(ArgsError::Unexpected("foo".into())));
         assert_eq!(run(&["-x"]), Err(ArgsError::Unexpected("x".into())));
-        assert_eq!(run(&["--no-api=1"]), Err(ArgsError::Unexpected("no-api".into())));
+    }
+
+    #[test]
+    fn refuses_the_value_of_a_flag_and_what_is_about_snapshots() {
+        for (words, message) in [
+            (
+                "--boot-timer=1",
+                "The argument 'boot-timer' takes no value: leave out what follows it with '='.",
+            ),
+            (
+                "--describe-snapshot=f",
+                "The argument 'describe-snapshot' is about snapshots, which this version of Mayfly does not have: \
+                 leave it out.",
+            ),
+        ] {
+            assert_eq!(run(&[words]).unwrap_err().to_string(), message);
+        }
     }
 
     #[test]

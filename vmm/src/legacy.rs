@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::SerialConfig;
+use crate::error::remedy;
 use crate::interrupt_lines::Level;
 use crate::kvm::{self, KvmError};
 use crate::metrics::add_to_sum;
@@ -27,7 +28,7 @@ pub enum LegacyError {
     #[error("cannot make an event descriptor")]
     EventFd(#[source] io::Error),
     /// The console's file.
-    #[error("cannot open '{path}' for the serial port's output")]
+    #[error("cannot open '{path}' for the serial port's output: {}", remedy(source))]
     Output {
         /// The file.
         path: String,

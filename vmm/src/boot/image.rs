@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::error::remedy;
 use crate::memory::GuestMemory;
 
 /// Zeros are looked for in parts of this size.
@@ -36,7 +37,7 @@ impl fmt::Display for ImageKind {
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// It does not open.
-    #[error("cannot open the {kind} {path}")]
+    #[error("cannot open the {kind} {path}: {}", remedy(source))]
     Open {
         /// What it is for.
         kind: ImageKind,
@@ -57,7 +58,7 @@ pub enum ImageError {
         found: &'static str,
     },
     /// It has no bytes.
-    #[error("the {kind} {path} is empty")]
+    #[error("the {kind} {path} is empty: copy or build it again")]
     Empty {
         /// What it is for.
         kind: ImageKind,
@@ -266,7 +267,7 @@ mod tests {
 
         assert_eq!(
             error.to_string(),
-            "cannot open the kernel image /nonexistent/vmlinux"
+            "cannot open the kernel image /nonexistent/vmlinux: check the path, and that every folder in it is there"
         );
     }
 

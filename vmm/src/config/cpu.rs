@@ -11,6 +11,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::error::remedy;
 use crate::x86_64::cpuid::Register;
 
 /// The body of `PUT /cpu-config`.
@@ -172,7 +173,7 @@ impl<'de> Deserialize<'de> for Capability {
 #[derive(Debug, thiserror::Error)]
 pub enum CpuConfigFileError {
     /// It cannot be read.
-    #[error("cannot read the CPU template {path}", path = path.display())]
+    #[error("cannot read the CPU template {path}: {}", remedy(source), path = path.display())]
     Read {
         /// The file.
         path: PathBuf,

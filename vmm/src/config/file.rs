@@ -4,12 +4,13 @@ use std::io;
 use std::path::Path;
 
 use super::VmConfig;
+use crate::error::remedy;
 
 /// Why a config file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigFileError {
     /// It cannot be read.
-    #[error("cannot read the config file '{path}'")]
+    #[error("cannot read the config file '{path}': {}", remedy(source))]
     Open {
         /// The file.
         path: String,

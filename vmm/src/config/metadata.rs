@@ -5,11 +5,13 @@ use std::path::Path;
 
 use devices::mmds::Store;
 
+use crate::error::remedy;
+
 /// Why a metadata file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum MetadataFileError {
     /// It cannot be read.
-    #[error("cannot read the metadata file '{path}'")]
+    #[error("cannot read the metadata file '{path}': {}", remedy(source))]
     Open {
         /// The file.
         path: String,

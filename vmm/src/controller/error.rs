@@ -10,6 +10,7 @@ use devices::virtio::DeviceKind;
 use crate::boot::image::ImageError;
 use crate::config::{ConfigError, CpuConfigFileError};
 use crate::device_set::DeviceSetError;
+use crate::error::remedy;
 use crate::events::MAX_SUBSCRIBERS;
 use crate::vm::{HotplugError, VmError};
 
@@ -75,7 +76,7 @@ pub enum ControlError {
         what: String,
     },
     /// A file for lines cannot be opened.
-    #[error("{section} error: cannot open '{path}' for writing", path = path.display())]
+    #[error("{section} error: cannot open '{path}' for writing: {}", remedy(source), path = path.display())]
     Sink {
         /// Logger, Metrics or Serial.
         section: &'static str,

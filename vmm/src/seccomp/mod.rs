@@ -17,6 +17,7 @@ use std::sync::Arc;
 use devices::catalog::KINDS;
 use devices::virtio::DeviceKind;
 
+use crate::error::remedy;
 use compiler::{CompileError, Instruction};
 use image::Reader;
 pub use refused::Refused;
@@ -40,7 +41,7 @@ const CHANGES: &str = " changes";
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// The file of own filters.
-    #[error("cannot read the system call filters in '{}'", path.display())]
+    #[error("cannot read the system call filters in '{}': {}", path.display(), remedy(source))]
     Read {
         /// Which.
         path: PathBuf,

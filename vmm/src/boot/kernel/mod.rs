@@ -50,7 +50,9 @@ pub enum KernelError {
     #[error(transparent)]
     Image(#[from] ImageError),
     /// It is no kernel.
-    #[error("{path} is neither an ELF vmlinux nor a bzImage")]
+    #[error(
+        "{path} is neither an ELF vmlinux nor a bzImage: give one of those, as building Linux for x86_64 makes them"
+    )]
     NotAKernel {
         /// The file.
         path: PathBuf,
