@@ -76,6 +76,12 @@ impl<'a> Guest<'a> {
             .ok_or_else(|| Failure::new(format!("no disk {serial} but {path:?}")))
     }
 
+    /// The feature bits that driver and device have agreed on; the device has this path.
+    pub fn features(&self, device: &str) -> Result<Vec<usize>> {
+        let bits = self.check(&format!("cat {device}/features"))?;
+        Ok(bits.match_indices('1').map(|(bit, _)| bit).collect())
+    }
+
     /// Makes the programs of [`Drive::tools`](crate::Drive::tools) available in `/tools`.
     pub fn mount_tools(&self) -> Result {
         let disk = self.disk(TOOLS)?;

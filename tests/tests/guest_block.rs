@@ -45,6 +45,12 @@ fn assert_disks_work(disks: &Disks) -> Result {
         "out\nin"
     );
 
+    // SEG_MAX, RO, BLK_SIZE, FLUSH, DISCARD, WRITE_ZEROES; and what every device offers: INDIRECT_DESC, EVENT_IDX,
+    // VERSION_1.
+    let features = |disk| guest.features(&format!("/sys/block/{disk}/device"));
+    assert_eq!(features("vda")?, [2, 6, 9, 13, 14, 28, 29, 32]);
+    assert_eq!(features("vdb")?, [2, 5, 6, 28, 29, 32]);
+
     guest.check("dd if=/dev/vdb of=/dev/vda bs=1M conv=fsync && cmp /dev/vda /dev/vdb")?;
     assert!(
         std::fs::read(&disks.out)? == disks.content,

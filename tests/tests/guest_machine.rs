@@ -113,6 +113,9 @@ fn assert_entropy(guest: &Guest) -> Result {
         guest.check("dd if=/dev/hwrng bs=64 count=16 2>/dev/null | wc -c")?,
         "1024"
     );
+    // INDIRECT_DESC, EVENT_IDX, VERSION_1: what every device offers.
+    let device = "/sys/bus/virtio/drivers/virtio_rng/virtio*";
+    assert_eq!(guest.features(device)?, [28, 29, 32]);
     Ok(())
 }
 

@@ -54,6 +54,12 @@ fn assert_card_is_as_configured(guest: &Guest) -> Result {
     let card =
         guest.check("cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu /sys/class/net/eth0/carrier")?;
     assert_eq!(card, "06:00:0a:4d:00:02\n1400\n1");
+    // CSUM, GUEST_CSUM, MTU, MAC; TSO4, TSO6, ECN and UFO of the guest and of the host; MRG_RXBUF, STATUS; and what
+    // every device offers: INDIRECT_DESC, EVENT_IDX, VERSION_1. The driver of this kernel does not know USO yet.
+    assert_eq!(
+        guest.features("/sys/class/net/eth0/device")?,
+        [0, 1, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 28, 29, 32]
+    );
     Ok(())
 }
 
