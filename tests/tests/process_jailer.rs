@@ -337,6 +337,7 @@ fn an_abort_ends_a_vm_that_is_the_first_process_of_its_namespace() -> Result {
     let pid = jail.pid()?;
     assert_eq!(status(pid, "NSpid:")?, format!("{pid} 1"));
     kill(pid, libc::SIGABRT)?;
+    assert_gone(pid)?;
     assert_eq!(vm.wait()?.code, 128 + libc::SIGABRT);
     assert!(!jail.socket().exists());
     Ok(())
