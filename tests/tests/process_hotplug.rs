@@ -208,12 +208,15 @@ fn what_a_detached_drive_has_counted_stays_in_the_sums() -> Result {
 fn hundreds_of_devices_may_come_and_go() -> Result {
     let machine = machine("hotplug-cycles", |vm, _| Ok(vm))?;
     // Sockets are left out: the connection of the last request may or may not be closed yet.
-    let descriptors = || -> Result<usize> {
+    let descriptors = || -> Result<Vec<String>> {
         let folder = std::fs::read_dir(format!("/proc/{}/fd", machine.vm.pid()))?;
         let targets = folder.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
-        Ok(targets
-            .filter(|target| !target.to_string_lossy().starts_with("socket:"))
-            .count())
+        let mut targets: Vec<_> = targets
+            .map(|target| target.to_string_lossy().into_owned())
+            .filter(|target| !target.starts_with("socket:"))
+            .collect();
+        targets.sort();
+        Ok(targets)
     };
     machine.put("keep")?.success()?;
     let before = descriptors()?;

@@ -92,6 +92,7 @@ pub struct ControlLoop {
     epoll: Epoll,
     controller: Controller,
     requests: Receiver<Request>,
+    /// Counts the requests that wait.
     wake: Arc<EventFd>,
     termination: Termination,
     timer: TimerFd,
@@ -113,7 +114,8 @@ impl ControlLoop {
     /// A loop for `controller`, and the inbox that reaches it.
     pub fn new(controller: Controller, termination: Termination) -> io::Result<(Self, Inbox)> {
         let (sender, requests) = std::sync::mpsc::channel();
-        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC | libc::EFD_SEMAPHORE)?;
+        let wake = Arc::new(wake);
         let inbox = Inbox {
             requests: sender,
             wake: Arc::clone(&wake),
@@ -171,7 +173,7 @@ impl ControlLoop {
 
     fn on_event(&mut self, source: Source) -> Option<Exit> {
         match source {
-            Source::Requests => self.serve_requests(),
+            Source::Requests => self.serve_request(),
             Source::Signal => return self.termination.read().map(Exit::Signal),
             Source::Reset => return Some(self.ended("reset", &Event::GuestReset)),
             Source::PowerOff => return Some(self.ended("powered off", &Event::GuestPowerOff)),
@@ -201,24 +203,26 @@ impl ControlLoop {
         Exit::Code(0)
     }
 
-    fn serve_requests(&mut self) {
+    /// Serves one request; others have their turn when signals and the guest have had theirs.
+    fn serve_request(&mut self) {
         let _ = self.wake.read();
-        while let Ok(Request { action, call }) = self.requests.try_recv() {
-            let gone = match &action {
-                Action::DeleteDevice { kind, id, .. } => Some((*kind, id.clone())),
-                _ => None,
-            };
-            let result = self.controller.handle(action);
-            let done = matches!(result, Ok(Reply::Done));
-            match api::answer(call, result) {
-                Rest::Answered => {}
-                Rest::Stream(stream) => self.controller.subscribe(stream),
-                Rest::Wait(unplug, call) => self.unplugs.add(unplug, call),
-            }
-            // Others may be waiting for a device that was taken away now.
-            if let (true, Some(gone)) = (done, gone) {
-                self.answer_unplugs(&[gone]);
-            }
+        let Ok(Request { action, call }) = self.requests.try_recv() else {
+            return;
+        };
+        let gone = match &action {
+            Action::DeleteDevice { kind, id, .. } => Some((*kind, id.clone())),
+            _ => None,
+        };
+        let result = self.controller.handle(action);
+        let done = matches!(result, Ok(Reply::Done));
+        match api::answer(call, result) {
+            Rest::Answered => {}
+            Rest::Stream(stream) => self.controller.subscribe(stream),
+            Rest::Wait(unplug, call) => self.unplugs.add(unplug, call),
+        }
+        // Others may be waiting for a device that was taken away now.
+        if let (true, Some(gone)) = (done, gone) {
+            self.answer_unplugs(&[gone]);
         }
     }
 
