@@ -222,7 +222,8 @@ main() {
         soak
     fi
     ((EUID == 0)) || die "needs root: tests create network taps, and the lab shares this machine's files"
-    require_tools cc:gcc curl:curl ip:iproute2 iptables:iptables sysctl:procps qemu-img:qemu-utils passt:passt newuidmap:uidmap
+    require_tools cc:gcc curl:curl ip:iproute2 iptables:iptables sysctl:procps losetup:mount mke2fs:e2fsprogs e2fsck:e2fsprogs \
+        qemu-img:qemu-utils qemu-storage-daemon:qemu-system-common passt:passt newuidmap:uidmap
     rm -rf "$LOGS"
     mkdir -p "$LOGS"
     [[ $parts != *unit* ]] || recorded unit cargo test --workspace --lib --locked -- "${filters[@]}"
