@@ -111,7 +111,8 @@ impl Net {
         self
     }
 
-    pub(crate) fn into_json(self) -> Value {
+    /// Its settings, as the body of a request.
+    pub fn into_json(self) -> Value {
         self.0
     }
 }

@@ -152,34 +152,12 @@ impl Network {
 
     /// The guest sends its disk to a server of the host.
     pub fn assert_guest_sends(&self) -> Result {
-        self.assert_guest_sends_in(self.subnet)
-    }
-
-    /// The same, to the host's address in another network, in which the guest has one too.
-    pub fn assert_guest_sends_in(&self, subnet: Subnet) -> Result {
-        let host = subnet.host();
-        let server = Server::start(host, receive)?;
-        let send = format!("timeout 100 nc {host} {} </dev/vda", server.port());
-        self.vm.guest().check(&send)?;
-        assert_received(&server.join()?);
-        Ok(())
+        assert_guest_sends_in(&self.vm, self.subnet)
     }
 
     /// The guest fetches what is on its disk from a server of the host.
     pub fn assert_guest_fetches(&self) -> Result {
-        self.assert_guest_fetches_in(self.subnet)
-    }
-
-    /// The same, from the host's address in another network.
-    pub fn assert_guest_fetches_in(&self, subnet: Subnet) -> Result {
-        let host = subnet.host();
-        let server = Server::start(host, |stream| give(stream, Self::AMOUNT))?;
-        let fetch = format!(
-            "timeout 100 nc {host} {} </dev/null | cmp - /dev/vda",
-            server.port()
-        );
-        self.vm.guest().check(&fetch)?;
-        server.join()
+        assert_guest_fetches_in(&self.vm, self.subnet)
     }
 
     /// Whether a ping finds the host.
@@ -199,6 +177,42 @@ impl Network {
     pub fn await_carrier(&self, carrier: u8) -> Result {
         await_carrier(&self.vm, carrier)
     }
+}
+
+/// Attaches a card on a tap of `subnet` to a running machine, with what the test has to say about it, and gives the guest,
+/// which has no other card, its address there.
+pub fn plug(vm: &Vm, id: &str, subnet: Subnet, card: impl FnOnce(Net) -> Net) -> Result<Tap> {
+    let tap = subnet.tap()?;
+    let card = card(Net::new(id, &tap)).into_json();
+    vm.put(&format!("/network-interfaces/{id}"), &card)?.success()?;
+    let guest = subnet.guest();
+    vm.guest().check(&format!(
+        "n=0; until [ -e /sys/class/net/eth0 ]; do n=$((n + 1)); [ $n -lt 300 ] || exit 1; sleep 0.1; done; \
+         ip addr add {guest}/24 dev eth0 && ip link set eth0 up"
+    ))?;
+    Ok(tap)
+}
+
+/// A guest sends its disk, which is like that of a [`Network`], to a server of the host in a network that both are in.
+pub fn assert_guest_sends_in(vm: &Vm, subnet: Subnet) -> Result {
+    let host = subnet.host();
+    let server = Server::start(host, receive)?;
+    let send = format!("timeout 100 nc {host} {} </dev/vda", server.port());
+    vm.guest().check(&send)?;
+    assert_received(&server.join()?);
+    Ok(())
+}
+
+/// The guest fetches what is on its disk from a server of the host.
+pub fn assert_guest_fetches_in(vm: &Vm, subnet: Subnet) -> Result {
+    let host = subnet.host();
+    let server = Server::start(host, |stream| give(stream, Network::AMOUNT))?;
+    let fetch = format!(
+        "timeout 100 nc {host} {} </dev/null | cmp - /dev/vda",
+        server.port()
+    );
+    vm.guest().check(&fetch)?;
+    server.join()
 }
 
 /// Waits until the guest of `vm` sees this carrier of its `eth0`.

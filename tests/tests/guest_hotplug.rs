@@ -1,8 +1,7 @@
 //! Devices that come and go while the guest runs, which notices by itself.
 
-use std::net::Ipv4Addr;
-
-use mayfly_tests::{Drive, Guest, Result, Scratch, Tap, TestVm, Vm, pattern, zeros};
+use mayfly_tests::network::{Network, Subnet, assert_guest_fetches_in, assert_guest_sends_in, plug};
+use mayfly_tests::{Drive, Guest, Result, Scratch, TestVm, Vm, pattern, zeros};
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
@@ -37,8 +36,7 @@ fn drive(id: &str, path: &std::path::Path) -> Value {
 
 fn assert_a_disk_comes_and_goes(vm: &Vm, scratch: &Scratch) -> Result {
     let guest = vm.guest();
-    let content = pattern(8 * MIB);
-    let image = scratch.file("hot", &content)?;
+    let image = scratch.file("hot", pattern(Network::AMOUNT))?;
     put(vm, "drives", "hot", &drive("hot", &image))?;
     let name = guest.disk("hot")?;
     let sum = guest.check(&format!("md5sum < /dev/{name}"))?;
@@ -56,16 +54,17 @@ fn assert_a_disk_comes_and_goes(vm: &Vm, scratch: &Scratch) -> Result {
 }
 
 fn assert_a_network_card_comes_and_goes(vm: &Vm) -> Result {
-    let guest = vm.guest();
-    let tap = Tap::create("mfhot0", Ipv4Addr::new(10, 79, 0, 1))?;
-    let config = json!({"iface_id": "hot", "host_dev_name": tap.name(), "guest_mac": "06:00:0a:4f:00:02"});
-    put(vm, "network-interfaces", "hot", &config)?;
-    await_in(guest, "[ -e /sys/class/net/eth0 ]")?;
-    assert_eq!(
-        guest.check("cat /sys/class/net/eth0/address")?,
-        "06:00:0a:4f:00:02"
-    );
-    guest.check("ip addr add 10.79.0.2/24 dev eth0 && ip link set eth0 up && ping -c 3 10.79.0.1")?;
+    let (guest, subnet) = (vm.guest(), Subnet(60));
+    let mac = "06:00:0a:4d:3c:02";
+    let _tap = plug(vm, "hot", subnet, |card| card.with("guest_mac", mac))?;
+    assert_eq!(guest.check("cat /sys/class/net/eth0/address")?, mac);
+    assert_guest_sends_in(vm, subnet)?;
+    assert_guest_fetches_in(vm, subnet)?;
+    for name in ["tx_bytes_count", "rx_bytes_count"] {
+        let bytes = vm.counted("net_hot", name)?;
+        assert!(bytes > u64::try_from(Network::AMOUNT)?, "{name}: {bytes}");
+        assert_eq!(vm.counted("net", name)?, bytes);
+    }
 
     delete(vm, "/network-interfaces/hot", r#"{"timeout_ms": 20000}"#)?;
     guest.check("! [ -e /sys/class/net/eth0 ]")?;
@@ -75,10 +74,15 @@ fn assert_a_network_card_comes_and_goes(vm: &Vm) -> Result {
 
 fn assert_pmem_comes_and_goes(vm: &Vm, scratch: &Scratch) -> Result {
     let guest = vm.guest();
-    let file = scratch.file("pmem", pattern(4 * MIB))?;
+    let file = scratch.file("pmem", pattern(Network::AMOUNT))?;
     put(vm, "pmem", "hot", &json!({"id": "hot", "path_on_host": file}))?;
     await_in(guest, "[ -b /dev/pmem0 ]")?;
-    guest.check("dd if=/dev/pmem0 bs=1M count=4 | cmp - /dev/vda -n 4194304")?;
+    guest.check("cmp /dev/pmem0 /dev/vda")?;
+    let flushes = vm.counted("pmem_hot", "queue_event_count")?;
+    guest.check("echo changed | dd of=/dev/pmem0 conv=notrunc,fsync")?;
+    assert!(std::fs::read(&file)?.starts_with(b"changed\n"));
+    assert!(vm.counted("pmem_hot", "queue_event_count")? > flushes);
+    assert_eq!(vm.counted("pmem_hot", "event_fails")?, 0);
 
     delete(vm, "/pmem/hot", r#"{"timeout_ms": 20000}"#)?;
     guest.check("! [ -e /dev/pmem0 ]")?;
@@ -109,7 +113,7 @@ fn assert_a_disk_can_be_taken_away(vm: &Vm, scratch: &Scratch) -> Result {
 #[test]
 fn a_guest_notices_what_is_plugged_and_lets_go_when_asked() -> Result {
     let scratch = Scratch::new("hotplug")?;
-    let base = scratch.file("base", pattern(8 * MIB))?;
+    let base = scratch.file("base", pattern(Network::AMOUNT))?;
     let vm = TestVm::new("hotplug").drive(Drive::new("base", base)).boot()?;
 
     assert_a_disk_comes_and_goes(&vm, &scratch)?;
@@ -141,12 +145,46 @@ fn thirty_disks_fit_beside_the_first() -> Result {
     Ok(())
 }
 
-/// Descriptors, mappings and threads of the monitor.
-fn holdings(vm: &Vm) -> Result<(usize, usize, usize)> {
+/// What the machine has at a time.
+#[derive(Debug, PartialEq, Eq)]
+struct Holdings {
+    /// Descriptors, mappings and threads of the monitor.
+    monitor: [usize; 3],
+    /// The guest's count of interrupts, and the BARs of all devices.
+    guest: String,
+}
+
+fn holdings(vm: &Vm) -> Result<Holdings> {
     let process = |what: &str| format!("/proc/{}/{what}", vm.pid());
     let maps = std::fs::read_to_string(process("maps"))?;
     let count = |what: &str| -> Result<usize> { Ok(std::fs::read_dir(process(what))?.count()) };
-    Ok((count("fd")?, maps.lines().count(), count("task")?))
+    let guest = vm
+        .guest()
+        .check("wc -l </proc/interrupts && grep ' : 0000:' /proc/iomem")?;
+    Ok(Holdings {
+        monitor: [count("fd")?, maps.lines().count(), count("task")?],
+        guest,
+    })
+}
+
+/// Attaches one device, waits until the guest has it, and detaches it: a drive, a network card and a pmem device by turns.
+fn plug_in_turn(vm: &Vm, turn: u32, file: &std::path::Path) -> Result {
+    match turn % 3 {
+        0 => {
+            put(vm, "drives", "hot", &drive("hot", file))?;
+            vm.guest().disk("hot")?;
+            delete(vm, "/drives/hot", r#"{"timeout_ms": 30000}"#)
+        }
+        1 => {
+            let _tap = plug(vm, "hot", Subnet(61), |card| card)?;
+            delete(vm, "/network-interfaces/hot", r#"{"timeout_ms": 30000}"#)
+        }
+        _ => {
+            put(vm, "pmem", "hot", &json!({"id": "hot", "path_on_host": file}))?;
+            await_in(vm.guest(), "[ -b /dev/pmem0 ]")?;
+            delete(vm, "/pmem/hot", r#"{"timeout_ms": 30000}"#)
+        }
+    }
 }
 
 #[test]
@@ -155,7 +193,7 @@ fn plugging_again_and_again_leaks_nothing_and_loses_no_io() -> Result {
     let base = scratch.file("base", pattern(8 * MIB))?;
     let work = scratch.join("work");
     zeros(&work, 8 << 20)?;
-    let hot = scratch.file("hot", pattern(MIB))?;
+    let hot = scratch.file("hot", pattern(2 * MIB))?;
     let vm = TestVm::new("hotplug-cycles")
         .drive(Drive::new("base", base))
         .drive(Drive::new("work", &work).writeback())
@@ -168,15 +206,13 @@ fn plugging_again_and_again_leaks_nothing_and_loses_no_io() -> Result {
     )?;
     let cycles: u32 = match std::env::var("MAYFLY_HOTPLUG_CYCLES") {
         Ok(cycles) => cycles.parse()?,
-        Err(_) => 12,
+        Err(_) => 15,
     };
     let mut before = None;
     for cycle in 0..cycles {
-        put(&vm, "drives", "hot", &drive("hot", &hot))?;
-        guest.disk("hot")?;
-        delete(&vm, "/drives/hot", r#"{"timeout_ms": 30000}"#)?;
-        // What the first cycles allocate stays for the next.
-        if cycle == 3 {
+        plug_in_turn(&vm, cycle, &hot)?;
+        // What the first cycles of each kind allocate stays for the next.
+        if cycle == 8 {
             before = Some(holdings(&vm)?);
         }
     }

@@ -1,6 +1,6 @@
 //! A guest whose cable is pulled and plugged in again, and whose card is moved to another tap.
 
-use mayfly_tests::network::{Network, Subnet};
+use mayfly_tests::network::{Network, Subnet, assert_guest_fetches_in};
 use mayfly_tests::{Net, Result, Tap, TestVm};
 use serde_json::json;
 
@@ -66,7 +66,7 @@ fn a_card_moves_to_another_tap_unnoticed_by_its_guest() -> Result {
     network.assert_guest_fetches()?;
     let changes = guest.check("cat /sys/class/net/eth0/carrier_changes")?;
     network.patch("host_dev_name", new.name())?;
-    network.assert_guest_fetches_in(subnet)?;
+    assert_guest_fetches_in(&network.vm, subnet)?;
     assert!(frames(&new)?[0] > 0);
 
     // A tap that is not there can be made, one that is no tap cannot be used.
@@ -75,7 +75,7 @@ fn a_card_moves_to_another_tap_unnoticed_by_its_guest() -> Result {
         .vm
         .patch("/network-interfaces/net0", &refused)?
         .assert_refused(&["'lo' is not a single-queue tap"]);
-    network.assert_guest_fetches_in(subnet)?;
+    assert_guest_fetches_in(&network.vm, subnet)?;
 
     network.patch("host_dev_name", network.tap.name())?;
     network.assert_guest_fetches()?;

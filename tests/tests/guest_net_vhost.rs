@@ -5,9 +5,10 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use mayfly_tests::network::{Network, Subnet};
+use mayfly_tests::network::{Network, Subnet, assert_guest_fetches_in, assert_guest_sends_in, plug};
+use mayfly_tests::virtio_mmio::AVAIL;
 use mayfly_tests::{
-    Failure, GUEST_TIMEOUT, Net, Result, Scratch, Tap, TestVm, TinyKernel, pattern, wait_until,
+    Drive, Failure, GUEST_TIMEOUT, Net, Result, Scratch, Tap, TestVm, TinyKernel, Vm, pattern, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -38,6 +39,10 @@ fn assert_tcp_works(network: &Network) -> Result {
 
 /// What Mayfly would have moved by itself.
 fn assert_mayfly_moved_nothing(network: &Network) -> Result {
+    assert_nothing_counted(&network.vm, "net")
+}
+
+fn assert_nothing_counted(vm: &Vm, group: &str) -> Result {
     let counted = [
         "tx_bytes_count",
         "rx_bytes_count",
@@ -45,7 +50,7 @@ fn assert_mayfly_moved_nothing(network: &Network) -> Result {
         "activate_fails",
     ];
     for name in counted {
-        assert_eq!(network.vm.counted("net", name)?, 0, "{name}");
+        assert_eq!(vm.counted(group, name)?, 0, "{name}");
     }
     Ok(())
 }
@@ -67,6 +72,27 @@ fn tcp_works_both_ways_on_mmio() -> Result {
     let network = boot("vhost-mmio", 51, TestVm::mmio)?;
     assert_tcp_works(&network)?;
     assert_mayfly_moved_nothing(&network)
+}
+
+#[test]
+fn a_card_that_comes_later_carries_tcp_each_time() -> Result {
+    require_vhost()?;
+    let (scratch, subnet) = (Scratch::new("vhost-hot")?, Subnet(57));
+    let disk = scratch.file("disk", pattern(Network::AMOUNT))?;
+    let vm = TestVm::new("vhost-hot")
+        .vcpus(2)
+        .drive(Drive::new("data", disk).read_only())
+        .boot()?;
+    for _ in 0..2 {
+        let _tap = plug(&vm, "hot", subnet, |card| card.with("vhost", true))?;
+        assert_guest_sends_in(&vm, subnet)?;
+        assert_guest_fetches_in(&vm, subnet)?;
+        assert_nothing_counted(&vm, "net_hot")?;
+        vm.request("DELETE", "/network-interfaces/hot", r#"{"timeout_ms": 20000}"#)?
+            .success()?;
+        vm.guest().check("! [ -e /sys/class/net/eth0 ]")?;
+    }
+    Ok(())
 }
 
 /// Datagrams that came for a port where nobody listens.
@@ -105,8 +131,8 @@ fn frames_pass_only_while_machine_and_link_say_so() -> Result {
     let second = format!("ip addr add {}/24 dev eth0", other.guest());
     network.vm.guest().check(&second)?;
     network.patch("host_dev_name", tap.name())?;
-    network.assert_guest_sends_in(other)?;
-    network.assert_guest_fetches_in(other)?;
+    assert_guest_sends_in(&network.vm, other)?;
+    assert_guest_fetches_in(&network.vm, other)?;
     assert_mayfly_moved_nothing(&network)
 }
 
