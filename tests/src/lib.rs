@@ -42,6 +42,7 @@ pub mod stream;
 mod tap;
 pub mod terminal;
 mod tiny;
+pub mod virtio_mmio;
 mod vm;
 
 pub use client::{Client, Response};

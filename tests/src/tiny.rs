@@ -115,6 +115,15 @@ impl TinyKernel {
             .emit(&[value])
     }
 
+    /// Waits until the 16 bits at an address have this value, in protected mode.
+    pub fn wait_for_half(self, address: u32, value: u16) -> Self {
+        // again: cmp word [address], value; jne again
+        self.emit(&[0x66, 0x81, 0x3d])
+            .emit(&address.to_le_bytes())
+            .emit(&value.to_le_bytes())
+            .emit(&[0x75, 0xf5])
+    }
+
     /// Has so many pages of data, none of them zero, that it does not write; reads all of them.
     pub fn read_data(mut self, pages: u32) -> Self {
         self.data = (0..pages)

@@ -189,53 +189,28 @@ fn memory_comes_and_goes_while_frames_pass() -> Result {
     Ok(())
 }
 
-/// The register window of the first virtio-mmio device, and some of its registers (virtio 1.2 §4.2.2).
-const MMIO: u32 = 0xc000_1000;
-const DRIVER_FEATURES: u32 = MMIO + 0x20;
-const DRIVER_FEATURES_SEL: u32 = MMIO + 0x24;
-const QUEUE_SEL: u32 = MMIO + 0x30;
-const QUEUE_NUM: u32 = MMIO + 0x38;
-const QUEUE_READY: u32 = MMIO + 0x44;
-const QUEUE_NOTIFY: u32 = MMIO + 0x50;
-const STATUS: u32 = MMIO + 0x70;
-const QUEUE_DESC: u32 = MMIO + 0x80;
-const QUEUE_DRIVER: u32 = MMIO + 0x90;
-const QUEUE_DEVICE: u32 = MMIO + 0xa0;
 /// Entries of each queue, and where the rings are.
 const SIZE: u32 = 64;
 const RINGS: [u32; 2] = [0x20_0000, 0x21_0000];
-const AVAIL: u32 = 0x1000;
-const USED: u32 = 0x2000;
 
 /// A driver that offers receive buffers, and at a key breaks the transmit queue: its index runs far ahead.
 fn breaking_driver() -> TinyKernel {
     let [rx, tx] = RINGS;
-    let mut kernel = TinyKernel::new()
+    TinyKernel::new()
         .print("up\n")
-        .store(STATUS, 3)
-        .store(DRIVER_FEATURES_SEL, 1)
-        .store(DRIVER_FEATURES, 1)
-        .store(STATUS, 11);
-    for (queue, ring) in (0..).zip(RINGS) {
-        kernel = kernel
-            .store(QUEUE_SEL, queue)
-            .store(QUEUE_NUM, SIZE)
-            .store(QUEUE_DESC, ring)
-            .store(QUEUE_DRIVER, ring + AVAIL)
-            .store(QUEUE_DEVICE, ring + USED)
-            .store(QUEUE_READY, 1);
-    }
-    kernel
+        .agree()
+        .set_queue(0, SIZE, rx)
+        .set_queue(1, SIZE, tx)
         // One writable buffer, offered as often as the ring has entries.
         .store(rx, 0x30_0000)
         .store(rx + 8, 0x1000)
         .store(rx + 12, 2)
         .store(rx + AVAIL, SIZE << 16)
-        .store(STATUS, 15)
-        .store(QUEUE_NOTIFY, 0)
+        .set_driver_ok()
+        .kick(0)
         .wait_for_key()
         .store(tx + AVAIL, 1000 << 16)
-        .store(QUEUE_NOTIFY, 1)
+        .kick(1)
         .print("broken\n")
         .halt()
 }

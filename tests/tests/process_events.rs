@@ -5,13 +5,6 @@ use std::time::Instant;
 use mayfly_tests::{Drive, HOST_TIMEOUT, MonitorBuilder, Result, Scratch, TestVm, TinyKernel, Vm};
 use serde_json::{Value, json};
 
-/// The register window of the first virtio-mmio device, and some of its registers (virtio 1.2 §4.2.2).
-const MMIO: u32 = 0xc000_1000;
-const DRIVER_FEATURES: u32 = MMIO + 0x20;
-const DRIVER_FEATURES_SEL: u32 = MMIO + 0x24;
-const QUEUE_NUM: u32 = MMIO + 0x38;
-const QUEUE_READY: u32 = MMIO + 0x44;
-const STATUS: u32 = MMIO + 0x70;
 /// The boot timer's register.
 const BOOT_TIMER: u32 = 0xc000_0000;
 
@@ -116,14 +109,10 @@ fn a_device_that_its_driver_breaks_is_told_once() -> Result {
     let kernel = TinyKernel::new()
         .print("up\n")
         .wait_for_key()
-        .store(STATUS, 3)
-        .store(DRIVER_FEATURES_SEL, 1)
-        .store(DRIVER_FEATURES, 1)
-        .store(STATUS, 11)
-        .store(QUEUE_NUM, 3)
-        .store(QUEUE_READY, 1)
-        .store(STATUS, 15)
-        .store(STATUS, 15)
+        .agree()
+        .set_queue(0, 3, 0x20_0000)
+        .set_driver_ok()
+        .set_driver_ok()
         .print("broken\n")
         .halt();
     let (vm, scratch) = machine("broken", &kernel)?;

@@ -3,17 +3,21 @@
 use std::fs;
 use std::time::Instant;
 
+use mayfly_tests::virtio_mmio::{AVAIL, USED};
 use mayfly_tests::{
     Drive, HOST_TIMEOUT, Result, Scratch, TestVm, TinyKernel, Vm, check_qcow2, create_encrypted_qcow2,
-    create_qcow2, pattern, qemu_img,
+    create_qcow2, pattern, qemu_img, read_qcow2,
 };
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
-const CLONES: usize = 50;
+const CLONES: u32 = 50;
 
 fn machine(scratch: &Scratch, name: &str, drive: Drive) -> Result<TestVm> {
-    let kernel = TinyKernel::new().print("up\n").halt();
+    machine_of(scratch, name, &TinyKernel::new().print("up\n").halt(), drive)
+}
+
+fn machine_of(scratch: &Scratch, name: &str, kernel: &TinyKernel, drive: Drive) -> Result<TestVm> {
     Ok(TestVm::new(name)
         .mem_mib(16)
         .kernel(kernel.write(scratch)?)
@@ -32,24 +36,79 @@ fn drives(vm: &Vm) -> Result<Value> {
     Ok(vm.get("/vm/config")?.json()?["drives"].clone())
 }
 
+/// Where the guest's queue and the parts of its request are.
+const RING: u32 = 0x20_0000;
+const HEADER: u32 = 0x30_0000;
+const SECTOR: u32 = 0x30_1000;
+const ANSWER: u32 = 0x30_2000;
+/// The sector that guest 0 writes; the others write those behind it.
+const FIRST_WRITTEN: u32 = 1000;
+
+/// A guest that reads the sector of its number, puts the number into it, and writes it elsewhere.
+fn copier(number: u32) -> TinyKernel {
+    // Descriptors of 16 bytes: address, length, flags (1: another one follows, 2: the device writes it) and the next.
+    let kernel = TinyKernel::new()
+        .agree()
+        .set_queue(0, 4, RING)
+        .store(RING, HEADER)
+        .store(RING + 8, 16)
+        .store(RING + 12, 1 << 16 | 1)
+        .store(RING + 16, SECTOR)
+        .store(RING + 24, 512)
+        .store(RING + 32, ANSWER)
+        .store(RING + 40, 1)
+        .store(RING + 44, 2)
+        .set_driver_ok();
+    let kernel = request(kernel, 1, VIRTIO_BLK_T_IN, number).store(SECTOR, number);
+    request(kernel, 2, VIRTIO_BLK_T_OUT, FIRST_WRITTEN + number)
+        .print("up\n")
+        .halt()
+}
+
+const VIRTIO_BLK_T_IN: u32 = 0;
+const VIRTIO_BLK_T_OUT: u32 = 1;
+
+/// Makes a request, the `count`-th of all, and waits until it has succeeded.
+fn request(kernel: TinyKernel, count: u16, kind: u32, sector: u32) -> TinyKernel {
+    let flags = if kind == VIRTIO_BLK_T_IN { 3 } else { 1 };
+    kernel
+        .store(HEADER, kind)
+        .store(HEADER + 8, sector)
+        .store(RING + 28, 2 << 16 | flags)
+        .store(ANSWER, 0xff)
+        .store(RING + AVAIL, u32::from(count) << 16)
+        .kick(0)
+        .wait_for_half(RING + USED + 2, count)
+        .wait_for_half(ANSWER, 0)
+}
+
 #[test]
-fn fifty_machines_run_on_clones_of_one_base() -> Result {
+fn fifty_machines_read_one_base_and_write_to_clones_of_their_own() -> Result {
     let scratch = Scratch::new("clones")?;
-    let content = pattern(16 * MIB);
+    let content = pattern(4 * MIB);
     let base = scratch.file("base.raw", &content)?;
+    let clone = |number: u32| scratch.join(format!("clone-{number}.qcow2"));
     let mut machines = Vec::new();
     for number in 0..CLONES {
-        let clone = scratch.join(format!("clone-{number}.qcow2"));
-        create_qcow2(&clone, Some(&base), "")?;
-        let drive = Drive::new("root", &clone)
+        create_qcow2(&clone(number), Some(&base), "")?;
+        let drive = Drive::new("root", clone(number))
             .with("format", "qcow2")
             .with("backing_files", vec![base.to_str().unwrap_or_default()]);
-        machines.push(started(machine(&scratch, &format!("clone-{number}"), drive)?)?);
+        let vm = machine_of(&scratch, &format!("clone-{number}"), &copier(number), drive)?;
+        machines.push(started(vm.mmio())?);
     }
-    assert_eq!(machines.len(), CLONES);
     drop(machines);
     for number in 0..CLONES {
-        check_qcow2(&scratch.join(format!("clone-{number}.qcow2")))?;
+        let image = clone(number);
+        check_qcow2(&image)?;
+        let sector = |number: u32| usize::try_from(number).map(|number| number * 512);
+        let mut expected = content.clone();
+        let (from, to) = (sector(number)?, sector(FIRST_WRITTEN + number)?);
+        expected.copy_within(from..from + 512, to);
+        expected[to..to + 4].copy_from_slice(&number.to_le_bytes());
+        assert!(read_qcow2(&image)? == expected, "{number}");
+        // Two clusters more than an empty one.
+        assert!(fs::metadata(&image)?.len() <= 384 << 10, "{number}");
     }
     assert!(fs::read(&base)? == content, "the base was changed");
     Ok(())
