@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::environment::{count_guest, require_fast_kvm, require_kvm};
 use crate::guest::{Dialogue, Guest};
+use crate::isolation::become_user;
 use crate::jail::Jail;
 use crate::monitor::{LOG, SOCKET};
 use crate::{Drive, GuestImage, Monitor, MonitorBuilder, Net, Pmem, Result, Scratch};
@@ -46,6 +47,7 @@ pub struct TestVm {
     pmem: Vec<Pmem>,
     sections: Map<String, Value>,
     inherited: Option<(Arc<File>, RawFd)>,
+    user: Option<u32>,
 }
 
 impl TestVm {
@@ -67,6 +69,7 @@ impl TestVm {
             pmem: Vec::new(),
             sections: Map::new(),
             inherited: None,
+            user: None,
         }
     }
 
@@ -141,6 +144,12 @@ impl TestVm {
     /// Passes an open file on to the monitor, under this number.
     pub fn inherit(mut self, file: File, number: RawFd) -> Self {
         self.inherited = Some((Arc::new(file), number));
+        self
+    }
+
+    /// Runs the monitor as this user, who has no rights but that to use KVM and taps; not together with an open file.
+    pub fn user(mut self, user: u32) -> Self {
+        self.user = Some(user);
         self
     }
 
@@ -263,9 +272,10 @@ impl TestVm {
 
     fn monitor(&self) -> Result<MonitorBuilder> {
         let builder = MonitorBuilder::new(&self.name)?.args(self.args.clone()).metrics();
-        Ok(match &self.inherited {
-            Some((file, number)) => builder.inherit(Arc::clone(file), *number),
-            None => builder,
+        Ok(match (&self.inherited, self.user) {
+            (Some((file, number)), _) => builder.inherit(Arc::clone(file), *number),
+            (None, Some(user)) => builder.open_to_all()?.prepare(move || become_user(user)),
+            (None, None) => builder,
         })
     }
 

@@ -1,4 +1,4 @@
-//! A guest whose network is passt, run by an ordinary user: no tap, and no privilege on the host.
+//! A guest whose network is passt: it and the monitor are an ordinary user's, with no tap and no privilege on the host.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -12,7 +12,7 @@ use mayfly_tests::{
 };
 use serde_json::json;
 
-/// The user `nobody`, as whom passt runs.
+/// The user `nobody`, as whom passt and the monitor run.
 const NOBODY: u32 = 65534;
 /// The router of the guest. Passt takes what goes there for the host itself.
 const ROUTER: &str = "192.0.2.254";
@@ -78,7 +78,25 @@ struct Machine {
     _host: MutexGuard<'static, ()>,
 }
 
-fn boot(name: &str, card: impl FnOnce(Net) -> Net) -> Result<Machine> {
+/// The card, on the passt in this folder.
+fn card(id: &str, folder: &Scratch) -> Net {
+    Net::unnamed(id)
+        .with("guest_mac", "06:00:c0:00:02:02")
+        .with("backend", "passt")
+        .with("socket", folder.join("passt.sock").display().to_string())
+}
+
+/// Boots a machine that has the card from the start.
+fn boot(name: &str, customize: impl FnOnce(Net) -> Net) -> Result<Machine> {
+    let machine = boot_with(name, |vm, folder| {
+        vm.net(customize(card("net0", folder)))
+            .section("mmds-config", json!({"network_interfaces": ["net0"]}))
+    })?;
+    machine.in_guest(DHCP)?;
+    Ok(machine)
+}
+
+fn boot_with(name: &str, machine: impl FnOnce(TestVm, &Scratch) -> TestVm) -> Result<Machine> {
     let host = HOST.lock().unwrap_or_else(PoisonError::into_inner);
     let uplink = Tap::create("mfpasst", Ipv4Addr::new(192, 0, 2, 1))?;
     let route = Command::new("ip")
@@ -92,25 +110,35 @@ fn boot(name: &str, card: impl FnOnce(Net) -> Net) -> Result<Machine> {
     scratch.open_to_all()?;
     let disk = scratch.file("disk", pattern(Network::AMOUNT))?;
     let passt = Passt::start(&scratch)?;
-    let net = Net::unnamed("net0")
-        .with("guest_mac", "06:00:c0:00:02:02")
-        .with("backend", "passt")
-        .with("socket", scratch.join("passt.sock").display().to_string());
     let vm = TestVm::new(name)
-        .net(card(net))
+        .user(NOBODY)
         .drive(Drive::new("data", disk).read_only())
-        .section("mmds-config", json!({"network_interfaces": ["net0"]}))
-        .config_file()
-        .boot()?;
-    let machine = Machine {
+        .config_file();
+    let vm = machine(vm, &scratch).boot()?;
+    assert_has_no_rights(&vm)?;
+    Ok(Machine {
         vm,
         passt: Some(passt),
         scratch,
         _uplink: uplink,
         _host: host,
+    })
+}
+
+/// The monitor is the user's, with no capability.
+fn assert_has_no_rights(vm: &Vm) -> Result {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid()))?;
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_default().split_whitespace().collect::<Vec<_>>()
     };
-    machine.in_guest(DHCP)?;
-    Ok(machine)
+    assert_eq!(field("Uid:"), ["65534"; 4]);
+    assert_eq!(field("Gid:"), ["65534"; 4]);
+    assert!(field("Groups:").is_empty(), "{status}");
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+        assert_eq!(field(set), ["0000000000000000"], "{set}");
+    }
+    Ok(())
 }
 
 /// Answers a request of HTTP with the pattern.
@@ -185,4 +213,24 @@ fn the_carrier_goes_with_passt_and_comes_back_with_it() -> Result {
     machine.passt = Some(Passt::start(&machine.scratch)?);
     await_carrier(&machine.vm, 1)?;
     machine.assert_guest_and_host_talk()
+}
+
+#[test]
+fn a_card_that_comes_later_gets_its_address_and_data_from_passt() -> Result {
+    let machine = boot_with("passt-hot", |vm, _| vm)?;
+    let hot = card("hot", &machine.scratch).into_json();
+    machine.vm.put("/network-interfaces/hot", &hot)?.success()?;
+    machine.in_guest(&format!(
+        "n=0; until [ -e /sys/class/net/eth0 ]; do n=$((n + 1)); [ $n -lt 300 ] || exit 1; sleep 0.1; done\n{DHCP}"
+    ))?;
+    machine.assert_guest_and_host_talk()?;
+    for name in ["tx_bytes_count", "rx_bytes_count"] {
+        let bytes = machine.vm.counted("net_hot", name)?;
+        assert!(bytes > u64::try_from(Network::AMOUNT)?, "{name}: {bytes}");
+    }
+    machine
+        .vm
+        .request("DELETE", "/network-interfaces/hot", r#"{"timeout_ms": 20000}"#)?
+        .success()?;
+    machine.in_guest("! [ -e /sys/class/net/eth0 ]").map(drop)
 }
