@@ -159,6 +159,16 @@ impl Monitor {
             .sum())
     }
 
+    /// All samples of `GET /metrics`, by name and labels.
+    pub fn samples(&self) -> Result<BTreeMap<String, f64>> {
+        let text = self.get("/metrics")?.success()?.body;
+        let samples = text.lines().filter(|line| !line.starts_with('#'));
+        Ok(samples
+            .filter_map(|line| line.rsplit_once(' '))
+            .map(|(name, value)| (name.to_owned(), value.parse().unwrap_or(f64::NAN)))
+            .collect())
+    }
+
     /// Sends bytes to its standard input: the guest's keyboard, so to speak.
     pub fn type_in(&self, bytes: &[u8]) -> Result {
         let mut stdin = lock(&self.stdin);

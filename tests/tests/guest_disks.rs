@@ -7,7 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use mayfly_tests::{Drive, Result, Scratch, TestVm, pattern, zeros};
+use mayfly_tests::{Drive, Result, Scratch, TestVm, Vm, pattern, zeros};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
@@ -78,16 +78,30 @@ fn what_a_guest_discards_and_zeroes_leaves_the_image() -> Result {
     let image = scratch.file("image", pattern(16 << 20))?;
     let vm = TestVm::new("disks-discard")
         .drive(Drive::new("data", &image))
+        .drive(Drive::tools()?)
         .boot()?;
     let guest = vm.guest();
+    guest.mount_tools()?;
     let before = allocated(&image)?;
     guest.check("blkdiscard -o 1M -l 8M /dev/vda || blkdiscard -o 1048576 -l 8388608 /dev/vda")?;
     assert_eq!(allocated(&image)?, before - 8 * MIB);
-    let content = std::fs::read(&image)?;
-    let expected = pattern(16 << 20);
-    assert!(content[..1 << 20] == expected[..1 << 20]);
-    assert!(content[1 << 20..9 << 20].iter().all(|byte| *byte == 0));
-    assert!(content[9 << 20..] == expected[9 << 20..]);
+    let mut expected = pattern(16 << 20);
+    expected[1 << 20..9 << 20].fill(0);
+    assert!(std::fs::read(&image)? == expected);
+
+    let zeroed = |vm: &Vm| -> Result<f64> {
+        let count = r#"mayfly_block_write_zeroes_seconds_count{drive="data"}"#;
+        Ok(vm.samples()?[count])
+    };
+    assert_eq!(zeroed(&vm)?, 0.0);
+    guest.check(&format!(
+        "/tools/blkdiscard -z -o {} -l {MIB} /dev/vda && echo 3 >/proc/sys/vm/drop_caches && \
+         dd if=/dev/vda bs=1M skip=10 count=1 | cmp -n {MIB} - /dev/zero",
+        10 * MIB
+    ))?;
+    assert!(zeroed(&vm)? > 0.0, "zeros came as writes");
+    expected[10 << 20..11 << 20].fill(0);
+    assert!(std::fs::read(&image)? == expected);
     assert_eq!(
         guest.check("cat /sys/block/vda/queue/discard_max_bytes")?,
         "1073741824"

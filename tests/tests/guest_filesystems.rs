@@ -6,8 +6,10 @@ use std::path::Path;
 use std::process::Command;
 
 use mayfly_tests::{
-    Drive, LoopDevice, Result, Scratch, TestVm, Vm, check_qcow2, create_qcow2, pattern, qemu_img, zeros,
+    Drive, LoopDevice, Result, Scratch, TestVm, Vm, check_qcow2, create_qcow2, pattern, qemu_img, read_qcow2,
+    zeros,
 };
+use serde_json::Value;
 
 const MIB: usize = 1 << 20;
 
@@ -107,7 +109,47 @@ fn qcow2_disks_keep_a_file_system() -> Result {
     check_qcow2(&image)?;
     let words = ["convert", "-f", "qcow2", "-O", "raw"].map(OsStr::new);
     qemu_img(words.into_iter().chain([image.as_os_str(), raw.as_os_str()]))?;
-    fsck(&raw)
+    fsck(&raw)?;
+    assert_an_image_lets_go(&vm, &drive, &image)
+}
+
+/// Clusters of an image that are in use.
+fn clusters(image: &Path) -> Result<u64> {
+    let words = ["check", "--output=json"].map(OsStr::new);
+    let report: Value = serde_json::from_str(&qemu_img(words.into_iter().chain([image.as_os_str()]))?)?;
+    Ok(report["allocated-clusters"].as_u64().unwrap_or_default())
+}
+
+/// The file system on an image is trimmed, and then all of it is made zeros.
+fn assert_an_image_lets_go(vm: &Vm, drive: &Drive, image: &Path) -> Result {
+    let guest = vm.guest();
+    let count = |kind: &str| -> Result<f64> {
+        let name = format!(r#"mayfly_block_{kind}_seconds_count{{drive="hot"}}"#);
+        Ok(vm.samples()?[&name])
+    };
+    let before = clusters(image)?;
+    let name = plug(vm, drive)?;
+    guest.check(&format!(
+        "mount -t ext4 /dev/{name} /mnt && rm /mnt/whole && sync && fstrim /mnt && umount /mnt && \
+         /tools/e2fsck -f -n /dev/{name}"
+    ))?;
+    assert!(count("discard")? > 0.0, "nothing was discarded");
+    unplug(vm)?;
+    let trimmed = clusters(image)?;
+    // Clusters are of 64 KiB, and some hold more than the file.
+    assert!(trimmed + 80 < before, "{before} {trimmed}");
+
+    let name = plug(vm, drive)?;
+    let zeroed = count("write_zeroes")?;
+    guest.check(&format!(
+        "/tools/blkdiscard -z /dev/{name} && echo 3 >/proc/sys/vm/drop_caches && cmp -n {} /dev/{name} /dev/zero",
+        32 * MIB
+    ))?;
+    assert!(count("write_zeroes")? > zeroed, "zeros came as writes");
+    unplug(vm)?;
+    check_qcow2(image)?;
+    assert!(read_qcow2(image)?.iter().all(|byte| *byte == 0));
+    guest.assert_no_complaints()
 }
 
 #[test]

@@ -1,22 +1,11 @@
 //! What the monitor tells about a real guest's disk, network, interrupts and boot.
 
-use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use mayfly_tests::{Drive, Monitor, Net, Result, Scratch, Tap, TestVm, zeros};
+use mayfly_tests::{Drive, Net, Result, Scratch, Tap, TestVm, zeros};
 use serde_json::json;
 
 const HOST: Ipv4Addr = Ipv4Addr::new(172, 30, 77, 1);
-
-/// All samples of `GET /metrics`, by name and labels.
-fn samples(monitor: &Monitor) -> Result<BTreeMap<String, f64>> {
-    let text = monitor.get("/metrics")?.success()?.body;
-    let samples = text.lines().filter(|line| !line.starts_with('#'));
-    Ok(samples
-        .filter_map(|line| line.rsplit_once(' '))
-        .map(|(name, value)| (name.to_owned(), value.parse().unwrap_or(f64::NAN)))
-        .collect())
-}
 
 #[test]
 fn histograms_have_each_request_of_the_guests_disk() -> Result {
@@ -26,10 +15,10 @@ fn histograms_have_each_request_of_the_guests_disk() -> Result {
     let vm = TestVm::new("observe")
         .drive(Drive::new("data", &image).writeback())
         .boot()?;
-    let before = samples(&vm)?;
+    let before = vm.samples()?;
     vm.guest()
         .check("dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct; dd if=/dev/zero of=/dev/vda bs=4k count=8 oflag=direct; sync; blockdev --flushbufs /dev/vda")?;
-    let after = samples(&vm)?;
+    let after = vm.samples()?;
     let grown = |name: &str| after[name] - before[name];
     for (kind, least) in [("read", 16.0), ("write", 8.0), ("flush", 0.0)] {
         let count = grown(&format!(r#"mayfly_block_{kind}_count_total{{drive="data"}}"#));
@@ -55,7 +44,7 @@ fn batches_of_frames_are_timed_in_both_directions() -> Result {
         .boot_arg("mayfly.ip=172.30.77.2/24")
         .boot()?;
     vm.guest().check("ping -c 5 -W 20 172.30.77.1")?;
-    let samples = samples(&vm)?;
+    let samples = vm.samples()?;
     for direction in ["rx", "tx"] {
         let batches = samples[&format!(r#"mayfly_net_{direction}_batch_seconds_count{{iface="eth0"}}"#)];
         let frames = samples[&format!(r#"mayfly_net_{direction}_count_total{{iface="eth0"}}"#)];
