@@ -99,6 +99,23 @@ impl TinyKernel {
         ])
     }
 
+    /// Takes note of the PCI slots that were filled, and lets go of all of them once.
+    pub fn eject_once(self) -> Self {
+        // mov edx, 0x610 (the register of slots to look at); in eax, dx; mov dl, 0x18; mov eax, -2; out dx, eax; mov edx, 0x3f8
+        self.emit(&[
+            0xba, 0x10, 0x06, 0, 0, 0xed, 0xb2, 0x18, 0xb8, 0xfe, 0xff, 0xff, 0xff, 0xef, 0xba, 0xf8, 0x03,
+            0, 0,
+        ])
+    }
+
+    /// Waits until it is told to look at a PCI slot.
+    pub fn wait_for_slot(self) -> Self {
+        // mov edx, 0x610; again: in eax, dx; test eax, eax; jz again; mov edx, 0x3f8
+        self.emit(&[
+            0xba, 0x10, 0x06, 0, 0, 0xed, 0x85, 0xc0, 0x74, 0xfb, 0xba, 0xf8, 0x03, 0, 0,
+        ])
+    }
+
     /// Writes 32 bits to an address, in protected mode.
     pub fn store(self, address: u32, value: u32) -> Self {
         // mov dword [address], value

@@ -1,7 +1,9 @@
 //! Devices that come and go while the guest runs, which notices by itself.
 
 use mayfly_tests::network::{Network, Subnet, assert_guest_fetches_in, assert_guest_sends_in, plug};
-use mayfly_tests::{Drive, Guest, Result, Scratch, TestVm, Vm, pattern, zeros};
+use mayfly_tests::{
+    Drive, GUEST_TIMEOUT, Guest, Result, Scratch, TestVm, Vm, pattern, wait_until, zeros,
+};
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
@@ -120,6 +122,48 @@ fn a_guest_notices_what_is_plugged_and_lets_go_when_asked() -> Result {
     assert_a_network_card_comes_and_goes(&vm)?;
     assert_pmem_comes_and_goes(&vm, &scratch)?;
     assert_a_disk_can_be_taken_away(&vm, &scratch)
+}
+
+/// A guest whose driver waits for a disk lets go of it only when that has answered.
+#[test]
+fn a_disk_that_is_let_go_of_too_late_comes_back() -> Result {
+    let scratch = Scratch::new("hotplug-late")?;
+    let base = scratch.file("base", pattern(8 * MIB))?;
+    let slow = scratch.file("slow", pattern(8 * MIB))?;
+    let vm = TestVm::new("hotplug-late")
+        .drive(Drive::new("base", base))
+        .boot()?;
+    let guest = vm.guest();
+    put(&vm, "drives", "slow", &drive("slow", &slow))?;
+    let name = guest.disk("slow")?;
+    let first = guest.check(&format!("cat /sys/block/{name}/diskseq"))?;
+    let limit = |ops: Value| {
+        let patch = json!({"drive_id": "slow", "rate_limiter": {"ops": ops}});
+        vm.patch("/drives/slow", &patch)?.success().map(drop)
+    };
+    limit(json!({"size": 1, "refill_time": 3_600_000}))?;
+    guest.check(&format!(
+        "dd if=/dev/{name} of=/dev/null bs=4k count=8 iflag=direct >/dev/null 2>&1 &"
+    ))?;
+    wait_until("a read waits", GUEST_TIMEOUT, || {
+        let held = vm.counted("block_slow", "rate_limiter_throttled_events");
+        held.is_ok_and(|held| held > 0)
+    })?;
+    let asked = vm.request("DELETE", "/drives/slow", r#"{"timeout_ms": 3000}"#)?;
+    asked.assert_refused(&["slow", "still attached"]);
+
+    limit(json!({"size": 0, "refill_time": 0}))?;
+    await_in(
+        guest,
+        &format!("grep -qsvx {first} $(dirname $(grep -lsx slow /sys/block/*/serial))/diskseq"),
+    )?;
+    let name = guest.disk("slow")?;
+    assert_eq!(
+        guest.check(&format!("md5sum < /dev/{name}"))?,
+        guest.check("md5sum < /dev/vda")?
+    );
+    assert_eq!(ids(&vm, "drives", "drive_id")?, ["base", "slow"]);
+    delete(&vm, "/drives/slow", r#"{"timeout_ms": 20000}"#)
 }
 
 #[test]

@@ -139,6 +139,22 @@ fn a_guest_may_let_go_just_when_its_time_is_over() -> Result {
     Ok(())
 }
 
+/// It once had no disk from then on, while Mayfly kept it attached.
+#[test]
+fn a_guest_that_lets_go_too_late_is_told_to_take_the_device_again() -> Result {
+    let kernel = TinyKernel::new().print("up\n").wait_for_key();
+    let kernel = kernel.eject_once().wait_for_slot().print("again\n").halt();
+    let machine = machine_of("hotplug-late", &kernel, |vm, _| Ok(vm))?;
+    machine.put("hot")?.success()?;
+    let asked = || machine.delete("hot", r#"{"timeout_ms": 0}"#);
+    machine.assert_refused_without_change(asked, &["hot", "still attached"])?;
+    machine.vm.type_in(b"k")?;
+    let console = machine.vm.console();
+    assert!(console.wait_for("again", Instant::now() + HOST_TIMEOUT));
+    assert_eq!(machine.drives()?[0]["drive_id"], "hot");
+    Ok(())
+}
+
 #[test]
 fn what_cannot_be_attached_or_detached_is_refused() -> Result {
     let machine = machine("hotplug-bad", |vm, scratch| {

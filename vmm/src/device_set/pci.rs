@@ -34,6 +34,8 @@ pub(super) struct PciBus {
     ejection: EventFd,
     /// A bit for each slot that the guest was asked to let go of.
     asked: u32,
+    /// A bit for each filled slot that the guest may still let go of, as it was asked and nobody waits any more.
+    late: u32,
 }
 
 impl PciBus {
@@ -59,6 +61,7 @@ impl PciBus {
             ged: Arc::clone(&platform.ged),
             ejection,
             asked: 0,
+            late: 0,
         })
     }
 
@@ -116,7 +119,7 @@ impl PciBus {
 
     /// The guest finds nothing in the slot any more; the device ends with its last owner. Gives where its BAR was.
     fn remove(&mut self, slot: u8) -> (Option<u64>, Kicks) {
-        self.withdraw(slot);
+        self.forget(slot);
         let function = self.segment.detach(slot);
         let kicks = self.bars.remove(slot);
         let bar = function.and_then(|function| function.lock().unwrap_or_else(PoisonError::into_inner).bar());
@@ -134,23 +137,41 @@ impl PciBus {
         let asked = self.asked & 1 << slot != 0;
         if !asked {
             self.asked |= 1 << slot;
+            self.late &= !(1 << slot);
             self.hotplug().request(slot);
             self.notify();
         }
         !asked
     }
 
-    /// Does not wait for the slot any more.
+    /// Does not wait for the slot any more, which stays filled.
     pub(super) fn withdraw(&mut self, slot: u8) {
+        let asked = self.asked & 1 << slot;
+        self.forget(slot);
+        self.late |= asked;
+    }
+
+    /// The guest is asked nothing about the slot.
+    fn forget(&mut self, slot: u8) {
         self.asked &= !(1 << slot);
+        self.late &= !(1 << slot);
         self.hotplug().withdraw(slot);
     }
 
     /// The slots that the guest was asked to let go of, and has. Others it keeps: what it does on its own is no reason
-    /// for the user to lose a device.
+    /// for the user to lose a device. One that it has let go of too late is there for it to take again.
     pub(super) fn take_ejected(&mut self) -> Vec<u8> {
-        let ejected = self.hotplug().take_ejected();
-        ejected.filter(|slot| self.asked & 1 << slot != 0).collect()
+        let ejected: Vec<u8> = self.hotplug().take_ejected().collect();
+        for slot in &ejected {
+            if self.late & 1 << slot != 0 {
+                self.late &= !(1 << slot);
+                self.announce(*slot);
+            }
+        }
+        ejected
+            .into_iter()
+            .filter(|slot| self.asked & 1 << slot != 0)
+            .collect()
     }
 
     /// Signalled when the guest has let go of a slot.
