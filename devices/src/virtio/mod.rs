@@ -7,6 +7,7 @@ pub mod config_space;
 #[cfg(test)]
 mod echo;
 mod health;
+mod image_lock;
 pub mod lane;
 pub mod latency;
 pub mod mem;
@@ -33,6 +34,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use buffers::Buffers;
 pub use config_space::ConfigSpace;
 pub use health::{Health, Report};
+pub use image_lock::LockError;
 pub use lane::{Job, Lane, LaneHost, LaneId};
 pub use latency::{Histogram, Latency};
 pub use queue::{Chain, ChainStorage, Queue, QueueConfig, QueueError, Ring};

@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
-use super::lock::Lock;
 use super::qcow2::{self, Qcow2};
 use super::raw::Raw;
 use super::{Config, ConfigError, Format, IoEngine, SECTOR};
 use crate::virtio::Buffers;
+use crate::virtio::image_lock::{Lock, LockError};
 
 /// What holds a drive's bytes: a run of [`Backend::size`] bytes that the guest reads and writes.
 ///
@@ -138,16 +138,9 @@ pub enum OpenError {
         /// Bytes in it.
         size: u64,
     },
-    /// Somebody else has it.
-    #[error("the disk image '{path}' cannot be used {}", in_use(*exclusive, *holder))]
-    InUse {
-        /// The image.
-        path: String,
-        /// True when it was to be had alone, for writing.
-        exclusive: bool,
-        /// The process that has it, if that can be seen.
-        holder: Option<u32>,
-    },
+    /// Somebody else has it, or the host does not lock it.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The kernel does not let this process overlap requests.
     #[error(
         "this host does not offer io_uring, which io_engine Async of the disk '{path}' needs: use io_engine Sync"
@@ -186,19 +179,4 @@ pub enum OpenError {
         /// Why not.
         source: io::Error,
     },
-}
-
-/// For what, why not, and what the user can do.
-fn in_use(exclusive: bool, holder: Option<u32>) -> String {
-    let who = match holder {
-        Some(pid) if pid == std::process::id() => "another drive of this machine has it".into(),
-        Some(pid) => format!("process {pid} has it"),
-        None => "another program has it, or another drive of this machine".to_owned(),
-    };
-    match exclusive {
-        true => format!("for writing, as {who}: attach it with is_read_only everywhere, or use a copy"),
-        false => {
-            format!("for reading, as {who}: only images that nobody writes can be shared, so use a copy")
-        }
-    }
 }

@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::VolatileSlice;
 
-use super::lock::Lock;
 use super::request::{Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Request, SERIAL, Status};
 use super::uring::Uring;
 use super::{Backend, CacheType, Config, Metrics, OpenError, Patch, SECTOR, backend, overlap};
 use crate::GuestMemory;
 use crate::rate_limiter;
+use crate::virtio::image_lock::Lock;
 use crate::virtio::{
     Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, QueueError, Ring, Sibling,
     StateError, Throttle, UpdateError, Vector, VirtioDevice, feature,

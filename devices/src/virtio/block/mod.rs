@@ -16,7 +16,6 @@ mod backend;
 mod config;
 mod device;
 mod direct;
-mod lock;
 mod metrics;
 mod overlap;
 pub mod qcow2;

@@ -11,9 +11,9 @@ use std::sync::Arc;
 use vm_memory::VolatileSlice;
 
 use super::direct::Direct;
-use super::lock::Lock;
 use super::{Backend, OpenError, SECTOR};
 use crate::virtio::Buffers;
+use crate::virtio::image_lock::Lock;
 
 const PUNCH_HOLE: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 

@@ -11,9 +11,9 @@ use super::file::HostFile;
 use super::header::{Backing, Header};
 use super::journal::Journal;
 use super::store::Store;
-use crate::virtio::block::lock::Lock;
 use crate::virtio::block::raw::Raw;
 use crate::virtio::block::{Backend, OpenError};
+use crate::virtio::image_lock::Lock;
 
 /// More images behind one another are refused.
 const MAX_DEPTH: usize = 32;

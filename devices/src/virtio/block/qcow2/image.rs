@@ -12,10 +12,10 @@ use super::error::Flaw;
 use super::file::fill_zeros;
 use super::store::Store;
 use crate::virtio::Buffers;
-use crate::virtio::block::lock::Lock;
 use crate::virtio::block::raw::Raw;
 use crate::virtio::block::{Backend, BackingRule, CacheType, Config, OpenError};
 use crate::virtio::buffers;
+use crate::virtio::image_lock::Lock;
 
 /// The largest cluster.
 const MAX_BOUNCE: usize = 2 << 20;

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::super::OpenError;
 use super::*;
-use crate::virtio::UpdateError;
+use crate::virtio::{LockError, UpdateError};
 
 fn update(device: &mut Block, path: &str) -> Result<(), UpdateError> {
     let (mem, recorder) = (testing::memory(0x1000), Recorder::default());
@@ -21,7 +21,7 @@ fn open(image: &TempFile, read_only: bool) -> Result<Block, OpenError> {
 }
 
 fn is_in_use(result: Result<Block, OpenError>) -> bool {
-    matches!(result, Err(OpenError::InUse { .. }))
+    matches!(result, Err(OpenError::Lock(LockError::InUse { .. })))
 }
 
 #[test]

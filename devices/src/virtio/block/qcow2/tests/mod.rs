@@ -22,8 +22,8 @@ use super::Qcow2;
 use super::chain::{Allowed, Opener};
 use crate::testing::Random;
 use crate::virtio::Buffers;
-use crate::virtio::block::lock::Lock;
 use crate::virtio::block::{Backend, CacheType, OpenError};
+use crate::virtio::image_lock::Lock;
 
 /// What happened to a disk.
 #[derive(Debug, Clone)]

@@ -12,7 +12,45 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::OpenError;
+/// Why an image is not to be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Somebody else has it.
+    #[error("the disk image '{path}' cannot be used {}", in_use(*exclusive, *holder))]
+    InUse {
+        /// The image.
+        path: String,
+        /// True when it was to be had alone, for writing.
+        exclusive: bool,
+        /// The process that has it, if that can be seen.
+        holder: Option<u32>,
+    },
+    /// Anything else that the system refused.
+    #[error("cannot {op} the disk image '{path}'")]
+    Host {
+        /// What was tried.
+        op: &'static str,
+        /// The image.
+        path: String,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// For what, why not, and what the user can do.
+fn in_use(exclusive: bool, holder: Option<u32>) -> String {
+    let who = match holder {
+        Some(pid) if pid == std::process::id() => "another drive of this machine has it".into(),
+        Some(pid) => format!("process {pid} has it"),
+        None => "another program has it, or another drive of this machine".to_owned(),
+    };
+    match exclusive {
+        true => format!("for writing, as {who}: attach it with is_read_only everywhere, or use a copy"),
+        false => {
+            format!("for reading, as {who}: only images that nobody writes can be shared, so use a copy")
+        }
+    }
+}
 
 /// A lock on an image, held until the last clone is dropped.
 #[derive(Debug, Clone)]
@@ -45,10 +83,10 @@ impl Lock {
         file: &Arc<File>,
         exclusive: bool,
         held: &[Lock],
-    ) -> Result<Self, OpenError> {
+    ) -> Result<Self, LockError> {
         let refused = |op| {
             let path = path.to_owned();
-            move |source| OpenError::Host { op, path, source }
+            move |source| LockError::Host { op, path, source }
         };
         let metadata = file.metadata().map_err(refused("examine"))?;
         let identity = (metadata.dev(), metadata.ino());
@@ -66,7 +104,7 @@ impl Lock {
                     tries -= 1;
                     if holder.is_some() || tries == 0 {
                         let path = path.to_owned();
-                        return Err(OpenError::InUse {
+                        return Err(LockError::InUse {
                             path,
                             exclusive,
                             holder,
