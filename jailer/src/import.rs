@@ -158,6 +158,7 @@ impl Imports {
         }
         imports.take_backing_files()?;
         imports.refuse_descriptors()?;
+        imports.refuse_unnamed_files()?;
         Ok(imports)
     }
 
@@ -193,6 +194,20 @@ impl Imports {
                     .into(),
             ),
             false => Ok(()),
+        }
+    }
+
+    /// What only an image names is not in the jail, and who writes the image may not choose what gets there.
+    fn refuse_unnamed_files(&self) -> std::result::Result<(), String> {
+        let drives = self.config["drives"].as_array().into_iter().flatten();
+        let mut allowing = drives.filter(|drive| drive["backing"] == "allow");
+        match allowing.next() {
+            Some(drive) => Err(format!(
+                "drive {} has backing \"allow\", but the files that its image names are not in the jail: \
+                 name them in backing_files",
+                drive["drive_id"]
+            )),
+            None => Ok(()),
         }
     }
 
@@ -318,6 +333,19 @@ mod tests {
         assert!(Imports::new(json!({"vsock": {"uds_path": "/"}})).is_err());
         let inherited = Imports::new(json!({"network-interfaces": [{"iface_id": "a", "host_fd": 5}]}));
         assert!(inherited.unwrap_err().contains("host_fd"));
+    }
+
+    #[test]
+    fn refuses_files_that_only_an_image_names() {
+        let backing = |rule| {
+            Imports::new(json!({"drives": [{"drive_id": "d", "path_on_host": "/d", "backing": rule}]}))
+        };
+        let refused = backing("allow").unwrap_err();
+        assert!(
+            refused.contains("\"d\"") && refused.contains("backing_files"),
+            "{refused}"
+        );
+        assert!(backing("deny").is_ok());
     }
 
     #[test]
