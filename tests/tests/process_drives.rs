@@ -60,7 +60,7 @@ fn an_image_that_a_machine_writes_is_its_own() -> Result {
         .put("/drives/data", &body("data", &mine, false))?
         .assert_refused(&words);
 
-    let own = "another drive of this machine has it";
+    let own = "another device of this machine has it";
     put(&first, "hot", &mine, false)?.assert_refused(&[own]);
     Ok(())
 }
@@ -98,8 +98,47 @@ fn machines_share_an_image_that_nobody_writes() -> Result {
     let first = machine("drives-share-1", &scratch, &drives)?;
     let second = machine("drives-share-2", &scratch, &drives)?;
     put(&second, "hot", &shared, true)?.success()?;
-    put(&second, "writer", &shared, false)?.assert_refused(&["is_read_only everywhere"]);
+    put(&second, "writer", &shared, false)?.assert_refused(&["is_read_only (pmem: read_only) everywhere"]);
     drop((first, second));
+    Ok(())
+}
+
+#[test]
+fn memory_in_a_file_is_locked_like_a_disk() -> Result {
+    let scratch = Scratch::new("drives-pmem")?;
+    let (mine, other) = (image(&scratch, "mine")?, image(&scratch, "other")?);
+    // Without a drive: what the filters of system calls allow must do.
+    let first = machine("drives-pmem-1", &scratch, &[])?;
+    let second = machine("drives-pmem-2", &scratch, &[Drive::new("data", &other)])?;
+    let put_pmem = |vm: &Vm, id: &str, path: &Path, read_only: bool| {
+        let body = json!({"id": id, "path_on_host": path, "read_only": read_only});
+        vm.put(&format!("/pmem/{id}"), &body)
+    };
+    let remove = |vm: &Vm, path: &str| vm.request("DELETE", path, r#"{"force": true}"#)?.success();
+
+    put_pmem(&first, "mem", &mine, false)?.success()?;
+    let before = second.get("/vm/config")?;
+    let holder = format!("process {} has it", first.pid());
+    let name = mine.display().to_string();
+    let words = [name.as_str(), holder.as_str(), "pmem: read_only", "use a copy"];
+    put_pmem(&second, "mem", &mine, false)?.assert_refused(&words);
+    put(&second, "hot", &mine, false)?.assert_refused(&words);
+    swap(&second, "data", &mine)?.assert_refused(&words);
+    put_pmem(&second, "mem", &mine, true)?.assert_refused(&["for reading", &holder]);
+    assert_eq!(second.get("/vm/config")?, before);
+    put(&first, "hot", &mine, false)?.assert_refused(&["another device of this machine has it"]);
+    let drive_holder = format!("process {} has it", second.pid());
+    put_pmem(&first, "other", &other, false)?.assert_refused(&["other", &drive_holder]);
+
+    // It is free when it is detached, and readers share it.
+    remove(&first, "/pmem/mem")?;
+    put_pmem(&second, "mem", &mine, true)?.success()?;
+    put_pmem(&first, "mem", &mine, true)?.success()?;
+    put(&first, "hot", &mine, true)?.success()?;
+    put_pmem(&second, "writer", &mine, false)?.assert_refused(&["for writing"]);
+    remove(&second, "/pmem/mem")?;
+    drop(first);
+    put(&second, "hot", &mine, false)?.success()?;
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! [`Lock`]: the right to use an image, so that two machines cannot write one disk.
+//! [`Lock`]: the right to use the file behind a drive or a pmem device, so that two machines cannot write one disk.
 //!
 //! These are locks of open files (`F_OFD_SETLK`): whoever writes has an image for itself, readers share it. The host
 //! keeps them by inode, among all programs that ask for them, and they end with the last descriptor of the open file.
@@ -40,12 +40,14 @@ pub enum LockError {
 /// For what, why not, and what the user can do.
 fn in_use(exclusive: bool, holder: Option<u32>) -> String {
     let who = match holder {
-        Some(pid) if pid == std::process::id() => "another drive of this machine has it".into(),
+        Some(pid) if pid == std::process::id() => "another device of this machine has it".into(),
         Some(pid) => format!("process {pid} has it"),
-        None => "another program has it, or another drive of this machine".to_owned(),
+        None => "another program has it, or another device of this machine".to_owned(),
     };
     match exclusive {
-        true => format!("for writing, as {who}: attach it with is_read_only everywhere, or use a copy"),
+        true => format!(
+            "for writing, as {who}: attach it with is_read_only (pmem: read_only) everywhere, or use a copy"
+        ),
         false => {
             format!("for reading, as {who}: only images that nobody writes can be shared, so use a copy")
         }

@@ -11,6 +11,7 @@ use super::image::Image;
 use super::{Config, OpenError, Patch};
 use crate::memory_host::{FileMapping, MappedFile, MemoryHost};
 use crate::rate_limiter;
+use crate::virtio::image_lock::Lock;
 use crate::virtio::{
     Blob, Chain, ChainStorage, DeviceError, DeviceInfo, DeviceKind, Histogram, Io, Latency, StateError,
     Throttle, UpdateError, Vector, VirtioDevice, feature,
@@ -84,6 +85,8 @@ pub struct Pmem {
     /// Kept from flush to flush, so that answering allocates nothing.
     storage: ChainStorage,
     metrics: Metrics,
+    /// Let go of last: others may write the file then.
+    _lock: Lock,
 }
 
 impl Pmem {
@@ -134,6 +137,7 @@ impl Pmem {
             file_size: usize::try_from(file_size).unwrap_or(usize::MAX),
             storage: ChainStorage::default(),
             metrics: Metrics::default(),
+            _lock: image.lock,
         })
     }
 

@@ -28,7 +28,7 @@ pub(super) struct Flusher {
 
 impl Flusher {
     /// Starts the thread.
-    pub(super) fn new(file: File) -> io::Result<Self> {
+    pub(super) fn new(file: Arc<File>) -> io::Result<Self> {
         let done = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let (orders, inbox) = mpsc::channel::<Ticket>();
         let (outbox, results) = mpsc::channel();
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn tells_whether_the_host_has_flushed() {
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
-        let mut flusher = Flusher::new(file.into_file()).unwrap();
+        let mut flusher = Flusher::new(file.into_file().into()).unwrap();
         assert!(flusher.wait().is_none());
         flusher.start();
         assert!(flusher.is_busy());
@@ -132,7 +132,7 @@ mod tests {
     fn tells_why_the_host_has_not_flushed() {
         // A pipe cannot be made durable.
         let (pipe, _writer) = io::pipe().unwrap();
-        let mut flusher = Flusher::new(std::os::fd::OwnedFd::from(pipe).into()).unwrap();
+        let mut flusher = Flusher::new(File::from(std::os::fd::OwnedFd::from(pipe)).into()).unwrap();
         flusher.start();
         let error = flusher.wait().unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn a_forgotten_flush_is_not_taken_for_the_next_one() {
         let (pipe, _writer) = io::pipe().unwrap();
-        let mut flusher = Flusher::new(std::os::fd::OwnedFd::from(pipe).into()).unwrap();
+        let mut flusher = Flusher::new(File::from(std::os::fd::OwnedFd::from(pipe)).into()).unwrap();
         flusher.start();
         flusher.forget();
         assert!(flusher.wait().is_none());

@@ -3,8 +3,10 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::Arc;
 
 use crate::memory_host::MemoryHostError;
+use crate::virtio::image_lock::{Lock, LockError};
 
 /// What the size of the memory is a multiple of: Linux maps persistent memory in pieces of 2 MiB.
 pub(super) const GRANULE: u64 = 2 << 20;
@@ -44,6 +46,9 @@ pub enum OpenError {
         /// Why not.
         source: MemoryHostError,
     },
+    /// Somebody else has it, or the host does not lock it.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The host refused something else.
     #[error("cannot {op} '{path}'")]
     Host {
@@ -56,16 +61,17 @@ pub enum OpenError {
     },
 }
 
-/// An open file and its size.
+/// An open file, locked, and its size.
 #[derive(Debug)]
 pub(super) struct Image {
-    pub(super) file: File,
+    pub(super) file: Arc<File>,
+    pub(super) lock: Lock,
     /// Bytes in the file, not zero.
     pub(super) size: u64,
 }
 
 impl Image {
-    /// Opens the file at `path`. Never blocks, creates or shortens anything.
+    /// Opens and locks the file at `path`. Never blocks, creates or shortens anything.
     pub(super) fn open(path: &str, read_only: bool) -> Result<Self, OpenError> {
         // To open a FIFO or a device node can have effects, so its kind is looked at before and, as the path may have
         // changed in between, after.
@@ -82,10 +88,13 @@ impl Image {
             move |source| OpenError::Host { op, path, source }
         };
         check_kind(path, &file.metadata().map_err(host("examine"))?)?;
-        match file.seek(SeekFrom::End(0)).map_err(host("find the size of"))? {
-            0 => Err(OpenError::Empty { path: path.into() }),
-            size => Ok(Self { file, size }),
+        let size = file.seek(SeekFrom::End(0)).map_err(host("find the size of"))?;
+        if size == 0 {
+            return Err(OpenError::Empty { path: path.into() });
         }
+        let file = Arc::new(file);
+        let lock = Lock::take(path, &file, !read_only, &[])?;
+        Ok(Self { file, lock, size })
     }
 
     /// Bytes that the guest sees: the file's, and zeros up to the next granule. No file has more than 2^63 bytes.

@@ -31,7 +31,7 @@ fn a_writer_has_its_image_for_itself() {
     let error = open(&image, false).err().unwrap().to_string();
     assert!(error.contains(&path(&image)), "{error}");
     assert!(
-        error.contains("for writing, as another drive of this machine has it"),
+        error.contains("for writing, as another device of this machine has it"),
         "{error}"
     );
     assert!(is_in_use(open(&image, true)));
@@ -61,7 +61,7 @@ fn a_swap_to_an_image_in_use_changes_nothing() {
     let (mine, other) = (image(512), image(1024));
     let (mut device, holder) = (open(&mine, false).unwrap(), open(&other, false).unwrap());
     let error = update(&mut device, &path(&other)).unwrap_err();
-    assert!(error.to_string().contains("another drive"), "{error}");
+    assert!(error.to_string().contains("another device"), "{error}");
     assert_eq!(device.config_space()[0], 1);
     drop(holder);
     assert!(is_in_use(open(&mine, false)) && open(&other, false).is_ok());

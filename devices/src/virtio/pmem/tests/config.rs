@@ -1,6 +1,7 @@
 //! What is taken and refused before there is a device.
 
 use super::*;
+use crate::virtio::LockError;
 use crate::virtio::pmem::OpenError;
 
 fn parse(json: &str) -> Result<Config, String> {
@@ -94,4 +95,28 @@ fn a_host_without_room_is_named_as_the_cause() {
     ledger.account().refuse = true;
     let error = config(&file(MIB)).build(&ledger).err().unwrap();
     assert!(matches!(error, OpenError::Memory { .. }), "{error}");
+}
+
+#[test]
+fn whoever_writes_has_the_file_until_the_device_goes() {
+    let file = file(MIB);
+    let writer = config(&file);
+    let reader = Config {
+        read_only: true,
+        ..writer.clone()
+    };
+    let ledger = Ledger::default();
+    let is_in_use = |config: &Config| {
+        matches!(
+            config.build(&ledger),
+            Err(OpenError::Lock(LockError::InUse { .. }))
+        )
+    };
+    let device = writer.build(&ledger).unwrap();
+    assert!(is_in_use(&writer) && is_in_use(&reader));
+    drop(device);
+    let readers = [reader.build(&ledger).unwrap(), reader.build(&ledger).unwrap()];
+    assert!(is_in_use(&writer));
+    drop(readers);
+    assert!(!is_in_use(&writer));
 }

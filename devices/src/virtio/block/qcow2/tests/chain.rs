@@ -228,7 +228,7 @@ fn locks_the_image_for_itself_and_shares_what_is_behind_it() {
             .allow("one")
             .err()
             .unwrap()
-            .contains("another drive of this machine")
+            .contains("another device of this machine")
     );
     let config = Config {
         format: None,
