@@ -184,6 +184,10 @@ fn arrays_are_taken_by_position() -> Result {
     let monitor = monitor()?;
     monitor.request("PUT", "/machine-config", "[2,64]")?.success()?;
     assert_eq!(monitor.get("/machine-config")?.json()?["vcpu_count"], 2);
+    // Clients know nothing of the fields that Mayfly adds.
+    let patch = "[null,128,null,null,null,null]";
+    monitor.request("PATCH", "/machine-config", patch)?.success()?;
+    assert_eq!(monitor.get("/machine-config")?.json()?["mem_size_mib"], 128);
     Ok(())
 }
 

@@ -79,6 +79,7 @@ pub struct MachinePatch {
     pub cpu_template: Option<CpuTemplate>,
     pub track_dirty_pages: Option<bool>,
     pub huge_pages: Option<HugePages>,
+    #[serde(default)]
     pub io_threads: Option<u8>,
 }
 

@@ -7,7 +7,8 @@ use crate::rate_limiter::{RateLimiterConfig, serialize_effective};
 
 /// A drive: API body, section of the config file, answer to `GET` and config in a snapshot.
 ///
-/// The order of the fields is part of the wire format.
+/// The order of the fields is part of the wire format, also of arrays: their elements are the fields, and Mayfly's own,
+/// which come last, have a default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "struct BlockDeviceConfig")]
 pub struct Config {
@@ -40,13 +41,13 @@ pub struct Config {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
     /// How the image holds the bytes of the disk. Absent is [`Format::Raw`]; the image itself is never asked.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
     /// Whether backing files that a qcow2 image names are opened. Absent is [`BackingRule::Deny`].
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<BackingRule>,
     /// The backing files of a qcow2 image, the one nearest to it first, in place of those that it names.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing_files: Option<Vec<String>>,
 }
 
@@ -106,6 +107,7 @@ pub struct Patch {
     /// New limits; a bucket that is left out stays as it is, one of size or refill time zero is removed.
     pub rate_limiter: Option<RateLimiterConfig>,
     /// The backing files of the image; those of the old one when absent.
+    #[serde(default)]
     pub backing_files: Option<Vec<String>>,
 }
 

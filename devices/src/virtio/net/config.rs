@@ -134,8 +134,10 @@ pub struct Patch {
     /// Limits what the guest sends; unchanged when absent.
     pub tx_rate_limiter: Option<RateLimiterConfig>,
     /// Plugs the cable in or pulls it; unchanged when absent.
+    #[serde(default)]
     pub link_state: Option<LinkState>,
     /// Moves the interface to another tap; it stays where it is when absent.
+    #[serde(default)]
     pub host_dev_name: Option<String>,
 }
 

@@ -30,6 +30,15 @@ fn prints_all_fields_with_defaults_in_order() {
 }
 
 #[test]
+fn an_array_needs_no_more_elements_than_clients_know() {
+    let array = r#"["a",null,false,"Unsafe",false,"/x",null,"Sync",null]"#;
+    let object = r#"{"drive_id":"a","is_root_device":false,"is_read_only":false,"path_on_host":"/x","io_engine":"Sync"}"#;
+    assert_eq!(parse(array), parse(object));
+    let patch: Patch = serde_json::from_str(r#"["a","/x",null]"#).unwrap();
+    assert_eq!(patch.path_on_host.as_deref(), Some("/x"));
+}
+
+#[test]
 fn names_known_fields_when_one_is_unknown() {
     let error = serde_json::from_str::<Config>(r#"{"nope":1}"#).unwrap_err();
     assert_eq!(

@@ -89,6 +89,12 @@ fn a_patch_moves_an_interface_away_from_its_descriptor() {
 }
 
 #[test]
+fn a_patch_as_an_array_needs_no_more_elements_than_clients_know() {
+    let patch: Patch = serde_json::from_str(r#"["a",null,null]"#).unwrap();
+    assert_eq!(patch, serde_json::from_str(r#"{"iface_id":"a"}"#).unwrap());
+}
+
+#[test]
 fn refuses_unknown_fields_by_name() {
     let error = serde_json::from_str::<Config>(r#"{"iface_id":"a","host_dev_name":"b","x":1}"#).unwrap_err();
     assert!(error.to_string().starts_with("unknown field `x`"), "{error}");
