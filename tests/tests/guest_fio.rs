@@ -188,6 +188,11 @@ fn a_block_device_works_past_the_page_cache_asynchronously() -> Result {
     assert_direct_works("Async", 512)
 }
 
+#[test]
+fn a_block_device_with_large_blocks_works_past_the_page_cache_asynchronously() -> Result {
+    assert_direct_works("Async", 4096)
+}
+
 /// What fio checks is what the image holds: a single bit that changes behind the guest's back is found.
 #[test]
 fn a_changed_bit_is_found() -> Result {

@@ -1,9 +1,7 @@
 //! Devices that come and go while the guest runs, which notices by itself.
 
 use mayfly_tests::network::{Network, Subnet, assert_guest_fetches_in, assert_guest_sends_in, plug};
-use mayfly_tests::{
-    Drive, GUEST_TIMEOUT, Guest, Result, Scratch, TestVm, Vm, pattern, wait_until, zeros,
-};
+use mayfly_tests::{Drive, GUEST_TIMEOUT, Guest, Result, Scratch, TestVm, Vm, pattern, wait_until, zeros};
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;

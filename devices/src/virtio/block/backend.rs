@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
+use super::direct::Announced;
 use super::qcow2::{self, Qcow2};
 use super::raw::Raw;
-use super::{Config, ConfigError, Format, IoEngine, SECTOR};
+use super::{Config, ConfigError, Format, SECTOR};
 use crate::virtio::Buffers;
 use crate::virtio::image_lock::{Lock, LockError};
 
@@ -24,6 +25,11 @@ pub(super) trait Backend: Send + Sync {
     /// Whether that file can take this piece of a request as it is; if not, the backend's own calls can.
     fn takes(&self, _offset: u64, _buffers: &Buffers<'_>) -> bool {
         true
+    }
+    /// Learns of a write of this range that the file takes as it is, from before it begins; it is over when the answer is
+    /// dropped.
+    fn announce(&self, _range: Range<u64>) -> Option<Announced> {
+        None
     }
     /// Whether that file is in the host's memory: then no request has a disk to wait for.
     fn in_memory(&self) -> bool {
@@ -58,7 +64,8 @@ pub(super) trait Backend: Send + Sync {
 pub(super) fn open(config: &Config, held: &[Lock]) -> Result<Box<dyn Backend>, OpenError> {
     let path = config.path_on_host.as_deref().unwrap_or_default();
     let backend: Box<dyn Backend> = match config.format.unwrap_or_default() {
-        Format::Raw => Box::new(open_raw(path, config, held)?),
+        Format::Raw if config.direct => Box::new(Raw::open_direct(path, config.read_only(), held)?),
+        Format::Raw => Box::new(Raw::open(path, config.read_only(), held)?),
         Format::Qcow2 => Box::new(Qcow2::open(config, held)?),
     };
     let size = backend.size();
@@ -74,19 +81,6 @@ pub(super) fn open(config: &Config, held: &[Lock]) -> Result<Box<dyn Backend>, O
         );
     }
     Ok(backend)
-}
-
-fn open_raw(path: &str, config: &Config, held: &[Lock]) -> Result<Raw, OpenError> {
-    if !config.direct {
-        return Raw::open(path, config.read_only(), held);
-    }
-    let (raw, block) = Raw::open_direct(path, config.read_only(), held)?;
-    // A write of a part of a block must not meet others, and those in the kernel cannot be kept away.
-    if block > SECTOR && config.io_engine == Some(IoEngine::Async) {
-        let path = path.to_owned();
-        return Err(OpenError::LargeBlocks { path, block });
-    }
-    Ok(raw)
 }
 
 /// Why a drive could not be opened.
@@ -158,16 +152,6 @@ pub enum OpenError {
         path: String,
         /// What the system said.
         source: io::Error,
-    },
-    /// Its blocks are too large for requests that overlap.
-    #[error(
-        "direct on the disk image '{path}' needs whole blocks of {block} bytes: use io_engine Sync, or leave direct out"
-    )]
-    LargeBlocks {
-        /// The image.
-        path: String,
-        /// Bytes in a block.
-        block: u64,
     },
     /// Anything else that the system refused.
     #[error("cannot {op} the disk image '{path}'")]

@@ -93,7 +93,11 @@ pub(super) enum Admitted<'m> {
 impl Block {
     /// Opens the image of a valid config and makes the device.
     pub(super) fn new(config: &Config) -> Result<Self, OpenError> {
-        let backend: Arc<dyn Backend> = backend::open(config, &[])?.into();
+        Self::over(config, backend::open(config, &[])?.into())
+    }
+
+    /// The same, over a backend that is open.
+    pub(super) fn over(config: &Config, backend: Arc<dyn Backend>) -> Result<Self, OpenError> {
         let engine = overlap::engine(config, &*backend)?;
         let flush = config.cache_type == CacheType::Writeback;
         let queues = config.queue_count();

@@ -1,14 +1,18 @@
 //! [`Direct`]: requests of an image that is opened with O_DIRECT, which the kernel takes only if they are aligned.
 //!
 //! Nearly all requests of guests are, and go as they are. The others go through a buffer; one that writes a part of a
-//! block reads the rest of it first, and meanwhile nobody else writes.
+//! block reads the rest of it first, and meanwhile nobody else writes. Only what is already in the kernel, by io_uring, goes
+//! on: such a write is [`Announced`] and, if it may have been undone, written again.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::SECTOR;
 use crate::virtio::Buffers;
 
 /// What is assumed where the kernel does not tell.
@@ -25,6 +29,8 @@ pub(super) struct Direct {
     block: u64,
     /// Taken by whoever writes; alone, by whoever writes a part of a block.
     writers: RwLock<()>,
+    /// Writes that take no turn; none where no request writes a part of a block.
+    flying: Option<Arc<Mutex<Flying>>>,
 }
 
 impl Direct {
@@ -57,11 +63,12 @@ impl Direct {
         ))
     }
 
-    fn new(memory: usize, block: u64) -> Self {
+    pub(super) fn new(memory: usize, block: u64) -> Self {
         Self {
             memory,
             block,
             writers: RwLock::default(),
+            flying: (block > SECTOR).then(Arc::default),
         }
     }
 
@@ -83,6 +90,28 @@ impl Direct {
         self.writers.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits until nobody writes but the kernel on its own; for a write to a range that goes through the buffer.
+    pub(super) fn alone(&self, range: Range<u64>) -> Alone<'_> {
+        let turn = self.writers.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(flying) = &self.flying {
+            let blocks = range.start - range.start % self.block..range.end.next_multiple_of(self.block);
+            lock(flying).begin(blocks);
+        }
+        Alone {
+            flying: self.flying.as_deref(),
+            _turn: turn,
+        }
+    }
+
+    /// To be held while the kernel carries out a write of whole blocks that is taken as it is; none where nothing can undo
+    /// it. Never waits.
+    pub(super) fn announce(&self, range: Range<u64>) -> Option<Announced> {
+        self.flying.as_ref().map(|flying| Announced {
+            number: lock(flying).add(range),
+            flying: Arc::clone(flying),
+        })
+    }
+
     /// Fills `buffers` from `offset` on.
     pub(super) fn read(&self, file: &File, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
         self.each_piece(offset, buffers, |place, bytes, done| {
@@ -96,7 +125,8 @@ impl Direct {
 
     /// Writes `buffers` at `offset`.
     pub(super) fn write(&self, file: &File, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
-        let alone = self.writers.write().unwrap_or_else(PoisonError::into_inner);
+        let len = u64::try_from(buffers.len()).expect("a usize fits");
+        let alone = self.alone(offset..offset + len);
         let result = self.each_piece(offset, buffers, |place, bytes, done| {
             if place.inner.len() < bytes.len() {
                 read_up_to(file, place.start, bytes)?;
@@ -138,12 +168,90 @@ impl Direct {
     }
 }
 
+/// Writes that are in the kernel, of all queues of a drive, and the one that goes through the buffer.
+#[derive(Debug, Default)]
+struct Flying {
+    writes: BTreeMap<u64, Write>,
+    next: u64,
+    /// The blocks that are read and written back now.
+    alone: Option<Range<u64>>,
+}
+
+#[derive(Debug)]
+struct Write {
+    range: Range<u64>,
+    /// Whether a block of it was read and written back meanwhile.
+    met: bool,
+}
+
+impl Flying {
+    fn add(&mut self, range: Range<u64>) -> u64 {
+        let met = self.alone.as_ref().is_some_and(|alone| meet(alone, &range));
+        let number = self.next;
+        self.next += 1;
+        self.writes.insert(number, Write { range, met });
+        number
+    }
+
+    fn begin(&mut self, blocks: Range<u64>) {
+        for write in self.writes.values_mut() {
+            write.met |= meet(&write.range, &blocks);
+        }
+        self.alone = Some(blocks);
+    }
+}
+
+/// Held by who writes a part of a block.
+pub(super) struct Alone<'d> {
+    flying: Option<&'d Mutex<Flying>>,
+    _turn: RwLockWriteGuard<'d, ()>,
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        if let Some(flying) = self.flying {
+            lock(flying).alone = None;
+        }
+    }
+}
+
+/// Held for a write while it is in the kernel.
+///
+/// Nobody waits for its end, which it may be up to the waiting thread to notice. So who writes a part of one of its blocks
+/// may bring back what the rest held before. That takes a guest that has both writes to the block under way at a time, and
+/// then either may be the last: this one is done once more.
+pub(super) struct Announced {
+    flying: Arc<Mutex<Flying>>,
+    number: u64,
+}
+
+impl Announced {
+    /// Whether the write may have been undone, and is to be done again by [`Direct::writer`].
+    pub(super) fn has_met(&self) -> bool {
+        lock(&self.flying).writes[&self.number].met
+    }
+}
+
+impl Drop for Announced {
+    fn drop(&mut self) {
+        lock(&self.flying).writes.remove(&self.number);
+    }
+}
+
+fn lock(flying: &Mutex<Flying>) -> MutexGuard<'_, Flying> {
+    flying.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn meet(one: &Range<u64>, other: &Range<u64>) -> bool {
+    one.start < other.end && other.start < one.end
+}
+
 /// Where a piece of a request is.
 struct Place {
     /// Where its first block begins in the file.
     start: u64,
     /// Which bytes of its blocks it means.
-    inner: std::ops::Range<usize>,
+    inner: Range<usize>,
 }
 
 /// Reads until `bytes` is full or the file ends; returns how many there were.
@@ -159,7 +267,7 @@ fn read_up_to(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::Write as _;
 
     use crate::testing::buffers;
     use vmm_sys_util::tempfile::TempFile;
@@ -218,6 +326,37 @@ mod tests {
             assert!(back == expected[at..at + len], "{offset} {len}");
         }
         assert!(std::fs::read(image.as_path()).unwrap() == expected);
+    }
+
+    #[test]
+    fn a_write_in_the_kernel_is_told_of_parts_of_its_blocks_that_are_written_meanwhile() {
+        let image = file(&numbered(1 << 16));
+        let direct = Direct::new(512, 4096);
+        let announce = |block: u64| direct.announce(4096 * block..4096 * (block + 1)).unwrap();
+        let (before, beside) = (announce(1), announce(2));
+        let mut sector = [0; 512];
+        direct
+            .write(image.as_file(), 4096 + 512, &buffers(&mut [&mut sector]))
+            .unwrap();
+        let after = announce(1);
+        assert_eq!(
+            [&before, &beside, &after].map(Announced::has_met),
+            [true, false, false]
+        );
+        let alone = direct.alone(4096..4097);
+        let (during, beside) = (announce(1), announce(0));
+        drop(alone);
+        assert_eq!(
+            [&during, &beside, &after].map(Announced::has_met),
+            [true, false, true]
+        );
+        drop([before, during, after, beside]);
+        assert!(!announce(1).has_met());
+    }
+
+    #[test]
+    fn blocks_of_a_sector_have_no_parts_to_tell_of() {
+        assert!(Direct::new(4096, 512).announce(0..512).is_none());
     }
 
     #[test]

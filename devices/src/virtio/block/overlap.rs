@@ -4,13 +4,15 @@
 //! others land at events of the ring. A flush needs no order: it is for the writes that the driver has seen answered
 //! (virtio 1.2 §5.2.6.2), and those are with the host.
 
+use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use super::backend::Backend;
 use super::device::{Admitted, Block, ENGINE_TOKEN, RUN_REQUESTS, RUN_TIME};
+use super::direct::Announced;
 use super::request::Request;
-use super::uring::Uring;
+use super::uring::{Flight, Uring};
 use super::{Config, IoEngine, OpenError};
 use crate::GuestMemory;
 use crate::virtio::{Chain, DeviceError, Io, QueueError, Ring, UpdateError, Vector};
@@ -110,8 +112,9 @@ impl Block {
                 {
                     let len = request.bytes(&chain);
                     bytes += len;
+                    let announced = self.announce(request, len);
                     // SAFETY: needed to keep the chain beyond this call. The caller keeps the guest's memory.
-                    unsafe { engine.push(chain, &status, request, len, write_through) };
+                    unsafe { engine.push(chain, &status, request, len, write_through, announced) };
                 }
                 Admitted::Valid(request, status) => {
                     let start = Instant::now();
@@ -139,14 +142,22 @@ impl Block {
     /// Answers what has landed.
     fn land(&mut self, engine: &mut Uring, ring: &mut Ring<'_, '_>) {
         let mut now = None;
-        while let Some((flight, result)) = engine.land() {
+        while let Some((mut flight, result)) = engine.land() {
             let now = *now.get_or_insert_with(Instant::now);
+            let result = result.and_then(|()| self.finish(&mut flight));
             let result = result.map(|()| flight.bytes);
             let time = now.saturating_duration_since(flight.start);
             let written = self.conclude(flight.request, &flight.status, result, time);
             ring.push(flight.chain.head(), written);
             engine.give_back(flight.chain);
         }
+    }
+
+    /// Does again what others may have undone.
+    fn finish(&self, flight: &mut Flight) -> io::Result<()> {
+        let Some(rest) = flight.again() else { return Ok(()) };
+        self.execute(rest, &mut flight.chain, flight.write_through)
+            .map(drop)
     }
 
     /// Waits until nothing is in flight, and answers it.
@@ -201,6 +212,15 @@ impl Block {
         }
     }
 
+    /// Tells those who could undo a write that it is about to begin.
+    fn announce(&self, request: Request, len: usize) -> Option<Announced> {
+        let Request::Write { offset } = request else {
+            return None;
+        };
+        let len = u64::try_from(len).expect("a usize fits");
+        self.backend.announce(offset..offset + len)
+    }
+
     /// Whether a request has neither a disk to wait for nor others to overlap with. The kernel would hand it to another
     /// thread, which costs more than to carry it out.
     fn stands_alone(&self, engine: &Uring, ring: &Ring<'_, '_>) -> Result<bool, QueueError> {
@@ -222,7 +242,7 @@ impl Block {
     }
 }
 
-fn submit_failed(source: std::io::Error) -> DeviceError {
+fn submit_failed(source: io::Error) -> DeviceError {
     DeviceError::Host {
         op: "submit the requests of a drive",
         source,

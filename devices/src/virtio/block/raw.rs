@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use super::direct::Direct;
+use super::direct::{Announced, Direct};
 use super::{Backend, OpenError, SECTOR};
 use crate::virtio::Buffers;
 use crate::virtio::image_lock::Lock;
@@ -30,7 +30,7 @@ pub(super) struct Raw {
     /// For a block device the size of its blocks, in which it discards.
     block: Option<u64>,
     /// How requests are aligned, when they go past the page cache.
-    direct: Option<Direct>,
+    pub(super) direct: Option<Direct>,
     /// On a file system that has no disk.
     in_memory: bool,
 }
@@ -41,8 +41,8 @@ impl Raw {
         Self::open_with(path, read_only, held, 0)
     }
 
-    /// The same, past the page cache; also gives the size of the blocks that the kernel then takes.
-    pub(super) fn open_direct(path: &str, read_only: bool, held: &[Lock]) -> Result<(Self, u64), OpenError> {
+    /// The same, past the page cache.
+    pub(super) fn open_direct(path: &str, read_only: bool, held: &[Lock]) -> Result<Self, OpenError> {
         let mut raw = Self::open_with(path, read_only, held, libc::O_DIRECT)?;
         let direct = Direct::of(&raw.file).map_err(|source| OpenError::Host {
             op: "find the alignment of",
@@ -59,7 +59,7 @@ impl Raw {
         }
         raw.size -= tail;
         raw.direct = Some(direct);
-        Ok((raw, block))
+        Ok(raw)
     }
 
     fn open_with(path: &str, read_only: bool, held: &[Lock], flags: libc::c_int) -> Result<Self, OpenError> {
@@ -180,6 +180,10 @@ impl Backend for Raw {
 
     fn takes(&self, offset: u64, buffers: &Buffers<'_>) -> bool {
         self.detour(offset, buffers).is_none()
+    }
+
+    fn announce(&self, range: Range<u64>) -> Option<Announced> {
+        self.direct.as_ref()?.announce(range)
     }
 
     fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {

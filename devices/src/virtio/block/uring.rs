@@ -14,6 +14,7 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
+use super::direct::Announced;
 use super::request::Request;
 use crate::GuestMemory;
 use crate::virtio::{Buffers, Chain, ChainStorage};
@@ -39,7 +40,9 @@ pub(super) struct Flight {
     /// Bytes that were moved so far.
     done: u64,
     /// Whether a write is to be durable before it is answered.
-    write_through: bool,
+    pub(super) write_through: bool,
+    /// For a write that others could undo.
+    announced: Option<Announced>,
 }
 
 /// Requests in flight over one image.
@@ -119,6 +122,7 @@ impl Uring {
         request: Request,
         bytes: usize,
         write_through: bool,
+        announced: Option<Announced>,
     ) {
         let flight = Flight {
             // SAFETY: needed to keep the chain in this structure. As the caller promises, `memory` keeps it valid.
@@ -130,6 +134,7 @@ impl Uring {
             start: Instant::now(),
             done: 0,
             write_through,
+            announced,
         };
         let number = self.free.pop().unwrap_or_else(|| {
             self.flights.push(None);
@@ -220,6 +225,16 @@ impl Drop for Uring {
 }
 
 impl Flight {
+    /// What is to be done once more, now that a write has landed that others may have undone.
+    pub(super) fn again(&self) -> Option<Request> {
+        match self.request {
+            Request::Write { offset } if !self.chain.readable.is_empty() => Some(Request::Write {
+                offset: offset + self.done,
+            }),
+            _ => None,
+        }
+    }
+
     /// What is left to be done, for the kernel.
     fn entry(&self, number: u16) -> squeue::Entry {
         let pieces = |buffers: &Buffers<'_>| {
@@ -257,6 +272,8 @@ impl Flight {
         };
         match usize::try_from(result) {
             Ok(0) => Some(Err(nothing.into())),
+            // What is left in the buffers then is done again.
+            Ok(_) if self.announced.as_ref().is_some_and(Announced::has_met) => Some(Ok(())),
             Ok(count) => {
                 buffers.advance(count);
                 self.done += u64::try_from(count).expect("a usize fits");

@@ -1,7 +1,13 @@
 //! Drives that go past the page cache. What their requests find is what those of others do.
 
+use std::thread;
+
+use super::super::direct::Direct;
+use super::super::raw::Raw;
 use super::super::{IoEngine, OpenError};
 use super::*;
+
+const BLOCK: usize = 4096;
 
 /// An image where O_DIRECT is possible: beside this program, as temporary folders may be in memory.
 fn image_on_disk(len: usize) -> TempFile {
@@ -14,21 +20,32 @@ fn image_on_disk(len: usize) -> TempFile {
     file
 }
 
-fn direct(image: &TempFile, engine: IoEngine) -> Block {
-    let config = Config {
+fn direct(image: &TempFile, engine: IoEngine) -> Config {
+    Config {
         direct: true,
         io_engine: Some(engine),
         cache_type: CacheType::Writeback,
         ..config(image)
-    };
-    config.build().unwrap()
+    }
+}
+
+/// As on a disk of which only whole blocks of 4096 bytes can be written.
+fn with_large_blocks(image: &TempFile) -> Arc<Raw> {
+    let mut raw = Raw::open_direct(&path(image), false, &[]).unwrap();
+    raw.direct = Some(Direct::new(512, 4096));
+    Arc::new(raw)
 }
 
 fn write_and_read_back(engine: IoEngine) {
-    let (image, mem) = (image_on_disk(64 * 4096), testing::memory(1 << 20));
-    let (mut device, mut guest) = (direct(&image, engine), Guest::new(&mem));
+    let image = image_on_disk(64 * 4096);
+    write_and_read_back_on(direct(&image, engine).build().unwrap(), &image);
+}
+
+fn write_and_read_back_on(mut device: Block, image: &TempFile) {
+    let mem = testing::memory(1 << 20);
+    let mut guest = Guest::new(&mem);
     guest.activate(&mut device);
-    let mut expected = content(&image);
+    let mut expected = content(image);
     // Aligned; at an odd address; in pieces that are no whole sectors; one sector only.
     for (turn, pieces) in [
         vec![(DATA, 8192)],
@@ -60,7 +77,7 @@ fn write_and_read_back(engine: IoEngine) {
             assert_eq!(guest.bytes(*address, *count), vec![fill; *count], "turn {turn}");
         }
     }
-    assert!(content(&image) == expected);
+    assert!(content(image) == expected);
 }
 
 #[test]
@@ -71,6 +88,111 @@ fn aligned_and_other_requests_reach_the_disk() {
 #[test]
 fn aligned_and_other_requests_reach_the_disk_though_they_overlap() {
     write_and_read_back(IoEngine::Async);
+}
+
+#[test]
+fn aligned_and_other_requests_reach_a_disk_with_large_blocks() {
+    for engine in [IoEngine::Sync, IoEngine::Async] {
+        let image = image_on_disk(64 * BLOCK);
+        let backend = with_large_blocks(&image);
+        write_and_read_back_on(Block::over(&direct(&image, engine), backend).unwrap(), &image);
+    }
+}
+
+#[test]
+fn a_write_that_was_undone_in_the_kernel_is_done_again() {
+    let (image, mem) = (image_on_disk(BLOCK), testing::memory(1 << 20));
+    let backend = with_large_blocks(&image);
+    let mut device = Block::over(&direct(&image, IoEngine::Async), backend.clone()).unwrap();
+    let old = content(&image);
+    // Somebody has read the block, to write a part of it.
+    let alone = backend.direct.as_ref().unwrap().alone(0..512);
+    thread::scope(|scope| {
+        let queue = scope.spawn(|| {
+            let mut guest = Guest::new(&mem);
+            guest.activate(&mut device);
+            guest.fill(DATA, &[0xa0; BLOCK]);
+            guest.request_until_done(&mut device, OUT, 0, &[readable(DATA, 4096)]);
+        });
+        while content(&image) != [0xa0; BLOCK] && !queue.is_finished() {
+            thread::yield_now();
+        }
+        std::fs::File::options()
+            .write(true)
+            .open(image.as_path())
+            .and_then(|mut file| file.write_all(&old))
+            .unwrap();
+        drop(alone);
+    });
+    assert!(content(&image) == [0xa0; BLOCK]);
+    assert_eq!(device.metrics()["write_bytes"], BLOCK);
+}
+
+/// Has a queue write runs of sectors at the same time, each filled with one byte.
+fn write_all(guest: &mut Guest<'_>, device: &mut Block, writes: &[(u64, u32, u8)]) {
+    for (slot, &(sector, sectors, fill)) in (0u64..).zip(writes) {
+        let (header, data) = (HEADER + 32 * slot, DATA + 0x1000 * slot);
+        guest.header(header, OUT, sector);
+        guest.fill(header + 16, &[0xee]);
+        guest.fill(data, &vec![fill; 512 * usize::try_from(sectors).unwrap()]);
+        let pieces = [
+            readable(header, 16),
+            readable(data, 512 * sectors),
+            writable(header + 16, 1),
+        ];
+        guest.driver.offer(&pieces);
+    }
+    guest.drain(device);
+    let mut io = testing::io(guest.mem, &mut guest.queues, &guest.recorder, guest.features);
+    device.quiesce(&mut io).unwrap();
+    assert_eq!(guest.answered(), writes.len());
+    let slots = 0..u64::try_from(writes.len()).unwrap();
+    assert!(
+        slots
+            .into_iter()
+            .all(|slot| guest.bytes(HEADER + 32 * slot + 16, 1) == [OK])
+    );
+}
+
+/// One queue writes whole blocks while another writes one sector of each, and both write sectors beside the other's.
+#[test]
+fn queues_that_write_to_the_same_blocks_undo_nothing_of_each_other() {
+    const BLOCKS: u64 = 8;
+    let image = image_on_disk(2 * 8 * BLOCK);
+    let (backend, config) = (with_large_blocks(&image), direct(&image, IoEngine::Async));
+    let queue = || Block::over(&config, backend.clone()).unwrap();
+    let (mut whole, mut parts) = (queue(), queue());
+    let (one, other) = (testing::memory(1 << 20), testing::memory(1 << 20));
+    let (mut first, mut second) = (Guest::new(&one), Guest::new(&other));
+    first.activate(&mut whole);
+    second.activate(&mut parts);
+    for turn in 0..32 {
+        let (mine, theirs) = (turn, 0x80 | turn);
+        let at = u64::from(turn) % 7;
+        let of_whole = |block| [(8 * block, 8, mine), (8 * (BLOCKS + block) + at, 1, mine)];
+        let of_parts = |block| {
+            [
+                (8 * block + 3, 1, theirs),
+                (8 * (BLOCKS + block) + at + 1, 1, theirs),
+            ]
+        };
+        let of_whole: Vec<_> = (0..BLOCKS).flat_map(of_whole).collect();
+        let of_parts: Vec<_> = (0..BLOCKS).flat_map(of_parts).collect();
+        thread::scope(|scope| {
+            scope.spawn(|| write_all(&mut first, &mut whole, &of_whole));
+            scope.spawn(|| write_all(&mut second, &mut parts, &of_parts));
+        });
+        let found = content(&image);
+        let (blocks, beside) = found.split_at(8 * BLOCK);
+        for (block, beside) in blocks.chunks(BLOCK).zip(beside.chunks(BLOCK)) {
+            let mut sectors: Vec<_> = block.chunks(512).map(|sector| sector[0]).collect();
+            // Either may be the last.
+            assert!([mine, theirs].contains(&sectors.remove(3)), "turn {turn}");
+            assert_eq!(sectors, [mine; 7], "turn {turn}");
+            let at = 512 * usize::from(turn % 7);
+            assert_eq!((beside[at], beside[at + 512]), (mine, theirs), "turn {turn}");
+        }
+    }
 }
 
 #[test]
