@@ -1,5 +1,5 @@
-//! Any accesses to the registers of a virtio-mmio device, in any order and width, while its queues run: nothing panics,
-//! a reset always brings the device back, and a saved state always loads.
+//! Any accesses to the registers of a virtio-mmio device of any kind, in any order and width, while its queues run:
+//! nothing panics, a reset always brings the device back, and a saved state always loads.
 #![no_main]
 
 use std::sync::Arc;
@@ -7,13 +7,13 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use devices::SharedMemory;
 use devices::bus::BusDevice;
-use devices::testing::Inline;
 use devices::interrupt_line::EdgeLine;
+use devices::testing::Inline;
 use devices::virtio::mmio::{MmioVirtio, RANGE_LEN};
 use devices::virtio::slot::Transport;
 use libfuzzer_sys::fuzz_target;
+use mayfly_fuzz::device::{self, Kind};
 use mayfly_fuzz::registers::Access;
-use mayfly_fuzz::wire;
 use vm_memory::{Bytes, GuestAddress};
 
 #[derive(Arbitrary, Debug)]
@@ -30,6 +30,8 @@ enum Step {
     Memory(u16, u64),
     /// A queue's notification.
     Kick(u8),
+    /// The device's own descriptors are reported ready.
+    Ready,
     /// Save, and load into a new device.
     Snapshot,
 }
@@ -40,18 +42,16 @@ impl EdgeLine for NoLine {
     fn pulse(&self) {}
 }
 
-fuzz_target!(|steps: Vec<Step>| {
+fuzz_target!(|input: (Kind, Vec<Step>)| {
+    let (kind, steps) = input;
     let memory = SharedMemory::new(mayfly_fuzz::memory());
     let host = Arc::new(Inline::default());
     let make = |host: &Arc<Inline>| {
-        let (card, far) = wire::card();
         let host = Arc::clone(host) as _;
-        (
-            MmioVirtio::new(Box::new(card), Arc::new(NoLine), memory.clone(), host).expect("the host has descriptors left"),
-            far,
-        )
+        MmioVirtio::new(device::any(kind), Arc::new(NoLine), memory.clone(), host)
+            .expect("the host has descriptors left")
     };
-    let (mut device, _far) = make(&host);
+    let mut device = make(&host);
     for step in &steps {
         match *step {
             Step::Any(access) => any(&mut device, access),
@@ -61,12 +61,13 @@ fuzz_target!(|steps: Vec<Step>| {
             Step::Memory(address, value) => vm_memory::GuestAddressSpace::memory(&memory)
                 .write_obj(value, GuestAddress(u64::from(address)))
                 .expect("16 bits of address lie in memory"),
-            Step::Kick(queue) => host.event(u32::from(queue % 2)),
+            Step::Kick(queue) => host.event(u32::from(queue % 8)),
+            Step::Ready => mayfly_fuzz::ready(&host),
             Step::Snapshot => {
                 device.slot().pause();
                 let state = device.save();
                 device.slot().resume();
-                let (mut copy, _far) = make(&Arc::default());
+                let mut copy = make(&Arc::default());
                 copy.load(state.clone()).expect("what was saved can be loaded");
                 assert_eq!(copy.save(), state);
             }

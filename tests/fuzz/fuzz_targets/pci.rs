@@ -1,5 +1,5 @@
-//! Any accesses to a virtio PCI function through the ports, the ECAM and its BAR, wherever the guest puts that: nothing
-//! panics, a reset always brings the device back, and a saved state always loads.
+//! Any accesses to a virtio PCI function of any kind through the ports, the ECAM and its BAR, wherever the guest puts
+//! that: nothing panics, a reset always brings the device back, and a saved state always loads.
 #![no_main]
 
 use std::io;
@@ -15,8 +15,8 @@ use devices::testing::Inline;
 use devices::virtio::pci::{BAR_LEN, PciResources, PciVirtio};
 use devices::virtio::slot::Transport;
 use libfuzzer_sys::fuzz_target;
+use mayfly_fuzz::device::{self, Kind};
 use mayfly_fuzz::registers::Access;
-use mayfly_fuzz::wire;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 const ECAM_BASE: u64 = 0xe000_0000;
@@ -90,6 +90,7 @@ struct Machine {
     host: Arc<Inline>,
     memory: SharedMemory,
     function: Arc<Mutex<PciVirtio>>,
+    kind: Kind,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -109,17 +110,20 @@ enum Step {
     /// The next status that leads to a running device.
     Advance,
     /// A queue: which, its size, and its rings' page.
-    Queue(bool, u8, u8),
+    Queue(u8, u8, u8),
     /// Guest memory.
     Memory(u16, u64),
     /// A queue's notification.
     Kick(u8),
+    /// The device's own descriptors are reported ready.
+    Ready,
     /// Save, and load into a new function.
     Snapshot,
 }
 
-fuzz_target!(|steps: Vec<Step>| {
-    let machine = Machine::new();
+fuzz_target!(|input: (Kind, Vec<Step>)| {
+    let (kind, steps) = input;
+    let machine = Machine::new(kind);
     for step in &steps {
         machine.run(step);
     }
@@ -128,7 +132,7 @@ fuzz_target!(|steps: Vec<Step>| {
     assert_eq!(machine.function().slot().status(), 0);
 });
 
-fn function(memory: &SharedMemory, host: &Arc<Inline>) -> PciVirtio {
+fn function(kind: Kind, memory: &SharedMemory, host: &Arc<Inline>) -> PciVirtio {
     let resources = PciResources {
         bar_address: BAR_BASE,
         notify_ports: NOTIFY_PORTS,
@@ -136,19 +140,23 @@ fn function(memory: &SharedMemory, host: &Arc<Inline>) -> PciVirtio {
         router: Arc::new(Interrupts),
         intx: Arc::new(Interrupts),
     };
-    let (card, _far) = wire::card();
-    PciVirtio::new(Box::new(card), resources, memory.clone(), Arc::clone(host) as _)
-        .expect("the host has descriptors left")
+    PciVirtio::new(
+        device::any(kind),
+        resources,
+        memory.clone(),
+        Arc::clone(host) as _,
+    )
+    .expect("the host has descriptors left")
 }
 
 impl Machine {
-    fn new() -> Self {
+    fn new(kind: Kind) -> Self {
         let (bus, ports) = (Arc::new(Bus::new()), Bus::new());
         let (memory, host) = (
             SharedMemory::new(mayfly_fuzz::memory()),
             Arc::new(Inline::default()),
         );
-        let function = Arc::new(Mutex::new(function(&memory, &host)));
+        let function = Arc::new(Mutex::new(function(kind, &memory, &host)));
         let mapper = Mapper {
             bus: Arc::downgrade(&bus),
             function: Mutex::new(Arc::downgrade(&function)),
@@ -170,6 +178,7 @@ impl Machine {
             host,
             memory,
             function,
+            kind,
         }
     }
 
@@ -194,14 +203,15 @@ impl Machine {
                     .write(ECAM_BASE + (u64::from(SLOT) << 15) + 4, &7u16.to_le_bytes());
             }
             Step::Advance => self.advance(),
-            Step::Queue(second, size, page) => self.queue(second, size, page),
+            Step::Queue(index, size, page) => self.queue(u16::from(index % 8), size, page),
             Step::Memory(address, value) => {
                 let memory = self.memory.memory();
                 memory
                     .write_obj(value, GuestAddress(u64::from(address)))
                     .expect("16 bits of address lie in memory");
             }
-            Step::Kick(queue) => self.host.event(u32::from(queue % 2)),
+            Step::Kick(queue) => self.host.event(u32::from(queue % 8)),
+            Step::Ready => mayfly_fuzz::ready(&self.host),
             Step::Snapshot => self.snapshot(),
         }
     }
@@ -246,22 +256,22 @@ impl Machine {
         }
     }
 
-    fn queue(&self, second: bool, size: u8, page: u8) {
+    fn queue(&self, index: u16, size: u8, page: u8) {
         let base = 0x1000 * u32::from(page % 64);
-        self.write(0x16, &u16::from(second).to_le_bytes());
+        self.write(0x16, &index.to_le_bytes());
         self.write(0x18, &(1u16 << (size % 10)).to_le_bytes());
         for (offset, value) in [(0x20, base), (0x28, base + 0x400), (0x30, base + 0x800)] {
             self.write(offset, &value.to_le_bytes());
         }
         self.write(0x1c, &1u16.to_le_bytes());
-        self.function().slot().kick(second.into());
+        self.function().slot().kick(index);
     }
 
     fn snapshot(&self) {
         self.function().slot().pause();
         let state = self.function().save();
         self.function().slot().resume();
-        let mut copy = function(&self.memory, &Arc::default());
+        let mut copy = function(self.kind, &self.memory, &Arc::default());
         copy.load(state.clone()).expect("what was saved can be loaded");
         assert_eq!(copy.save(), state);
     }
