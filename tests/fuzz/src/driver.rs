@@ -107,8 +107,10 @@ pub enum Op {
     Kick(u8),
     /// The device's own descriptors are reported ready.
     Ready,
-    /// The driver resets the device and sets it up anew, with these features.
-    Reset(u64),
+    /// The driver resets the device and sets it up anew, with these features and without these queues.
+    Reset(u64, u8),
+    /// The driver resets the device and leaves it.
+    Leave,
     /// The control thread pauses, saves and resumes.
     Pause,
 }
@@ -151,11 +153,11 @@ impl<'m> Machine<'m> {
             host,
             slot,
         };
-        machine.set_up(features);
+        machine.set_up(features, 0);
         machine
     }
 
-    fn set_up(&mut self, features: u64) {
+    fn set_up(&mut self, features: u64, left_out: u8) {
         let features = features & self.slot.info().features | feature::VERSION_1;
         self.slot.set_status(0);
         self.slot.set_status(status::ACKNOWLEDGE | status::DRIVER);
@@ -175,6 +177,7 @@ impl<'m> Machine<'m> {
                 .expect("the features are accepted and the driver is not ready");
             *queue = devices::virtio::QueueConfig {
                 max_size: queue.max_size,
+                ready: left_out >> (index % 8) & 1 == 0,
                 ..driver.config()
             };
             self.drivers.push(driver);
@@ -218,7 +221,8 @@ impl<'m> Machine<'m> {
             }
             Op::Kick(queue) => self.kick(queue),
             Op::Ready => self.ready(),
-            Op::Reset(features) => self.set_up(features),
+            Op::Reset(features, left_out) => self.set_up(features, left_out),
+            Op::Leave => self.slot.set_status(0),
             Op::Pause => {
                 self.slot.pause();
                 self.slot.save();
@@ -234,19 +238,7 @@ impl<'m> Machine<'m> {
 
     /// Reports every descriptor that the device watches.
     pub fn ready(&self) {
-        let watched = self
-            .host
-            .watch
-            .watched
-            .lock()
-            .expect("nothing panics with the lock")
-            .clone();
-        for (_, token) in watched
-            .into_iter()
-            .filter(|(_, token)| *token > u32::from(u16::MAX))
-        {
-            self.host.event(token);
-        }
+        crate::ready(&self.host);
     }
 
     /// Offers a chain, in the table or through an indirect one.
