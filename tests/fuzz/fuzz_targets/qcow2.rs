@@ -1,4 +1,5 @@
-//! A copy-on-write image that says anything, and a guest that uses it: nothing panics, hangs, or grows without bound.
+//! A copy-on-write image that says anything, with a raw image behind it or without, and a guest that uses it: nothing
+//! panics, hangs, or grows without bound, and nothing is written to the image behind it.
 #![no_main]
 
 use std::fs;
@@ -7,14 +8,21 @@ use std::sync::LazyLock;
 use arbitrary::Arbitrary;
 use devices::virtio::block::{CacheType, Config, Format};
 use libfuzzer_sys::fuzz_target;
-use mayfly_fuzz::driver::{DATA, HEADERS, Machine, piece};
+use mayfly_fuzz::driver::{DATA, HEADERS, Machine, Op, piece};
 
 /// The image, in memory, one for this process.
 static IMAGE: LazyLock<String> =
     LazyLock::new(|| format!("/dev/shm/mayfly-fuzz-{}.qcow2", std::process::id()));
 
-/// Bytes in a cluster, and in the disk.
-const CLUSTER: usize = 512;
+/// The raw image behind it, which is shorter than the disk and ends in no whole sector.
+static BACKING: LazyLock<String> = LazyLock::new(|| {
+    let path = format!("/dev/shm/mayfly-fuzz-{}.raw", std::process::id());
+    fs::write(&path, BACKING_CONTENT).expect("there is room in /dev/shm");
+    path
+});
+const BACKING_CONTENT: [u8; 50_100] = [7; 50_100];
+
+/// Bytes in the disk.
 const DISK: u64 = 1 << 17;
 
 /// An eight-byte number somewhere in the image.
@@ -40,6 +48,23 @@ enum Value {
 }
 
 #[derive(Arbitrary, Debug)]
+struct Shape {
+    /// Clusters have twice as many bytes for each.
+    cluster: u8,
+    /// There is an image behind it.
+    backed: bool,
+    /// Where the image ends too early, if at all.
+    cut: u16,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Driver(Op),
+    Request(Request),
+}
+
+/// A request as a driver means it.
+#[derive(Arbitrary, Debug)]
 struct Request {
     /// Its type: read, write, flush, discard, or write zeroes.
     kind: u8,
@@ -48,26 +73,36 @@ struct Request {
 }
 
 /// Header, refcount table, refcount block, L1 table, L2 table, and some data.
-fn image() -> Vec<u8> {
-    let mut image = vec![0; 8 * CLUSTER];
-    let number =
-        |image: &mut Vec<u8>, at: usize, value: u64| image[at..at + 8].copy_from_slice(&value.to_be_bytes());
-    image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
-    number(&mut image, 16, 9);
-    number(&mut image, 24, DISK);
-    number(&mut image, 32, 4);
-    number(&mut image, 40, 3 * CLUSTER as u64);
-    number(&mut image, 48, CLUSTER as u64);
-    number(&mut image, 56, 1 << 32);
-    number(&mut image, 96, 4 << 32 | 104);
-    number(&mut image, CLUSTER, 2 * CLUSTER as u64);
-    for cluster in 0..8 {
-        image[2 * CLUSTER + 2 * cluster + 1] = 1;
+fn image(cluster_bits: u8, backed: bool) -> Vec<u8> {
+    let cluster: usize = 1 << cluster_bits;
+    let size = cluster as u64;
+    let mut image = vec![0; 8 * cluster];
+    let mut number = |at: usize, value: u64| image[at..at + 8].copy_from_slice(&value.to_be_bytes());
+    number(16, cluster_bits.into());
+    number(24, DISK);
+    number(32, DISK.div_ceil(size * size / 8));
+    number(40, 3 * size);
+    number(48, size);
+    number(56, 1 << 32);
+    number(96, 4 << 32 | 104);
+    if backed {
+        number(8, 128);
+        number(16, 4 << 32 | u64::from(cluster_bits));
+        // An extension: the format of the file behind it.
+        number(104, 0xe279_2aca << 32 | 3);
     }
-    number(&mut image, 3 * CLUSTER, 1 << 63 | 4 * CLUSTER as u64);
-    for entry in 0..3u64 {
-        let at = 4 * CLUSTER + 8 * usize::from(entry as u8);
-        number(&mut image, at, 1 << 63 | (5 + entry) * CLUSTER as u64);
+    number(cluster, 2 * size);
+    number(3 * cluster, 1 << 63 | 4 * size);
+    for entry in 0..3 {
+        number(4 * cluster + 8 * entry, 1 << 63 | (5 + entry as u64) * size);
+    }
+    for entry in 0..8 {
+        image[2 * cluster + 2 * entry + 1] = 1;
+    }
+    image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    if backed {
+        image[112..115].copy_from_slice(b"raw");
+        image[128..132].copy_from_slice(b"base");
     }
     image
 }
@@ -90,22 +125,23 @@ fn request(machine: &mut Machine<'_>, request: &Request) {
     machine.kick(0);
 }
 
-fuzz_target!(|input: (Vec<Change>, u16, Vec<Request>)| {
-    let (changes, cut, requests) = input;
-    let mut image = image();
+fuzz_target!(|input: (Shape, Vec<Change>, u64, Vec<Step>)| {
+    let (shape, changes, features, steps) = input;
+    let cluster_bits = 9 + shape.cluster % 4;
+    let mut image = image(cluster_bits, shape.backed);
     for change in &changes {
         let at = usize::from(change.place) * 8 % image.len();
         let value = match change.value {
             Value::Any(value) => value,
-            Value::Cluster { index, copied } => u64::from(copied) << 63 | u64::from(index) * CLUSTER as u64,
+            Value::Cluster { index, copied } => u64::from(copied) << 63 | u64::from(index) << cluster_bits,
             Value::Compressed { offset, sectors } => {
                 1 << 62 | u64::from(sectors & 1) << 61 | u64::from(offset)
             }
         };
         image[at..at + 8].copy_from_slice(&value.to_be_bytes());
     }
-    if cut % 8 == 0 {
-        image.truncate(usize::from(cut) % image.len());
+    if shape.cut % 8 == 1 {
+        image.truncate(usize::from(shape.cut) % image.len());
     }
     fs::write(&*IMAGE, &image).expect("there is room in /dev/shm");
     let config = Config {
@@ -122,13 +158,16 @@ fuzz_target!(|input: (Vec<Change>, u16, Vec<Request>)| {
         queues: None,
         format: Some(Format::Qcow2),
         backing: None,
-        backing_files: None,
+        backing_files: shape.backed.then(|| vec![BACKING.clone()]),
     };
     let mem = mayfly_fuzz::memory();
     if let Ok(device) = config.build() {
-        let mut machine = Machine::new(&mem, Box::new(device), u64::MAX);
-        for step in requests.iter().take(64) {
-            request(&mut machine, step);
+        let mut machine = Machine::new(&mem, Box::new(device), features);
+        for step in steps.iter().take(64) {
+            match step {
+                Step::Driver(op) => machine.run(op),
+                Step::Request(it) => request(&mut machine, it),
+            }
         }
     }
     // Where an entry leads to may be far away, but the image says how far that can be.
@@ -139,4 +178,8 @@ fuzz_target!(|input: (Vec<Change>, u16, Vec<Request>)| {
     let most = disk.saturating_mul(2).saturating_add(1 << 30);
     assert!(len <= most.saturating_add(image.len() as u64));
     fs::remove_file(&*IMAGE).expect("the image is ours");
+    if shape.backed {
+        let backing = fs::read(&*BACKING).expect("the file is still there");
+        assert_eq!(backing, BACKING_CONTENT);
+    }
 });
