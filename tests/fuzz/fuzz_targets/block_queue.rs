@@ -1,4 +1,4 @@
-//! A disk whose driver does anything, with either engine: nothing panics, nothing is written behind the disk's last whole
+//! A disk whose driver does anything, with either engine, any queues, and past the page cache or not: nothing panics, nothing is written behind the disk's last whole
 //! sector, and nothing at all to a read-only disk.
 #![no_main]
 
@@ -21,8 +21,10 @@ static IMAGE: LazyLock<String> = LazyLock::new(|| format!("/dev/shm/mayfly-fuzz-
 #[derive(Arbitrary, Debug)]
 enum Step {
     Driver(Op),
-    /// A request as a driver means it: its type, sector, data (offset, sectors), and how it is offered.
+    /// A request as a driver means it: which queue, its type, sector, data (offset, sectors), and how it is
+    /// offered.
     Request {
+        queue: u8,
         kind: u8,
         sector: u8,
         data: Vec<(u16, u8)>,
@@ -42,7 +44,7 @@ enum Step {
 }
 
 /// Offers a well-formed request, and kicks.
-fn request(machine: &mut Machine<'_>, kind: u8, sector: u8, data: &[(u16, u8)], indirect: bool) {
+fn request(machine: &mut Machine<'_>, queue: u8, kind: u8, sector: u8, data: &[(u16, u8)], indirect: bool) {
     // All types are below 16; an odd one writes to the disk (virtio 1.2 §5.2.6).
     machine.write(HEADERS, &u64::from(kind % 16).to_le_bytes());
     machine.write(HEADERS + 8, &u64::from(sector % 32).to_le_bytes());
@@ -57,8 +59,8 @@ fn request(machine: &mut Machine<'_>, kind: u8, sector: u8, data: &[(u16, u8)], 
         .chain(data)
         .chain([piece(HEADERS + 16, 1, true)])
         .collect();
-    machine.offer(0, &pieces, indirect);
-    machine.kick(0);
+    machine.offer(queue, &pieces, indirect);
+    machine.kick(queue);
 }
 
 /// Offers a well-formed request that names a range, and kicks.
@@ -76,8 +78,16 @@ fn range(machine: &mut Machine<'_>, kind: u64, sector: u8, sectors: u8, flags: u
     machine.kick(0);
 }
 
-fuzz_target!(|input: (bool, bool, u64, Vec<Step>)| {
-    let (read_only, overlap, features, steps) = input;
+#[derive(Arbitrary, Debug)]
+struct Disk {
+    read_only: bool,
+    overlap: bool,
+    direct: bool,
+    queues: u8,
+}
+
+fuzz_target!(|input: (Disk, u64, Vec<Step>)| {
+    let (disk, features, steps) = input;
     let before = vec![9; SECTORS * 512 + TAIL];
     fs::write(&*IMAGE, &before).expect("there is room in /dev/shm");
     let config = Config {
@@ -85,29 +95,35 @@ fuzz_target!(|input: (bool, bool, u64, Vec<Step>)| {
         partuuid: None,
         is_root_device: false,
         cache_type: CacheType::Writeback,
-        is_read_only: Some(read_only),
+        is_read_only: Some(disk.read_only),
         path_on_host: Some(IMAGE.clone()),
         rate_limiter: None,
-        io_engine: overlap.then_some(IoEngine::Async),
+        io_engine: disk.overlap.then_some(IoEngine::Async),
         socket: None,
-        direct: false,
-        queues: None,
+        direct: disk.direct,
+        queues: Some(u16::from(disk.queues % 3) + 1),
         format: None,
         backing: None,
         backing_files: None,
     };
     let mem = mayfly_fuzz::memory();
-    let device = config.build().expect("the image is fine");
+    // Files in memory can go past the page cache since Linux 6.6.
+    let device = config.build().or_else(|_| {
+        let direct = false;
+        Config { direct, ..config }.build()
+    });
+    let device = device.expect("the image is fine");
     let mut machine = Machine::new(&mem, Box::new(device), features);
     for step in &steps {
         match *step {
             Step::Driver(ref op) => machine.run(op),
             Step::Request {
+                queue,
                 kind,
                 sector,
                 ref data,
                 indirect,
-            } => request(&mut machine, kind, sector, data, indirect),
+            } => request(&mut machine, queue, kind, sector, data, indirect),
             Step::Range {
                 zeroes,
                 sector,
@@ -125,6 +141,6 @@ fuzz_target!(|input: (bool, bool, u64, Vec<Step>)| {
     let after = fs::read(&*IMAGE).expect("the image is still there");
     assert_eq!(after.len(), before.len());
     assert_eq!(after[SECTORS * 512..], before[SECTORS * 512..]);
-    assert!(!read_only || after == before);
+    assert!(!disk.read_only || after == before);
     fs::remove_file(&*IMAGE).expect("the image is ours");
 });
