@@ -8,7 +8,7 @@
 # What two queues gain shows only on a host with CPUs for them: for that case the emulated one has two, and the clock's
 # time, so that its figures are rough and only their ratios say something; it is the middle one of three runs that counts.
 #
-# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, net, queues, startup, api, disk; default: all)
+# usage: bench.sh [CASE...]   (boot, boot-mmio, memory, block, block-async, net, queues, startup, api, disk; default: all)
 # environment: MAYFLY_BENCH_ICOUNT=1   count instructions even where there is KVM
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -17,7 +17,7 @@ readonly PROGRAM=bench
 # shellcheck source=resources/guest/lib.sh
 . resources/guest/lib.sh
 
-readonly CASES=(boot boot-mmio memory block net queues startup api disk)
+readonly CASES=(boot boot-mmio memory block block-async net queues startup api disk)
 readonly IMAGES=${MAYFLY_GUEST_DIR:-$PWD/build/guest}
 readonly MAYFLY=$PWD/target/x86_64-unknown-linux-gnu/release/mayfly
 # An emulated host now and then stops for good inside the emulated SVM; with two CPUs it or its guest can crash. Then it is
@@ -168,7 +168,7 @@ main() {
     for case in "${cases[@]}"; do
         figures=$(run_case "$case")
         while read -r name value; do
-            printf '%-10s %-55s %12s\n' "$case" "$(describe "$name")" "$value"
+            printf '%-11s %-55s %12s\n' "$case" "$(describe "$name")" "$value"
         done <<<"$figures"
     done
 }

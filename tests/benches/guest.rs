@@ -38,7 +38,7 @@ fn main() {
             report("idle", 0.0);
             std::thread::sleep(Duration::from_secs(3));
         }
-        Some("block") => block().expect("the disk works"),
+        Some("block" | "block-async") => block().expect("the disk works"),
         Some("net") => net().expect("the network works"),
         Some("queues") => queues().expect("disk and network work"),
         _ => {}

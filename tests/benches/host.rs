@@ -1,8 +1,8 @@
 //! The host's side of `make bench`: boots one guest whose init is the bench `guest`, serves as its network peer, and prints
 //! a line `NAME VALUE` per figure.
 //!
-//! usage: host CASE MAYFLY KERNEL INITRD, where CASE is boot, boot-mmio, memory, block, net or queues. Needs /dev/kvm and,
-//! for the last two, root. The clock is the host's; an instruction-counted host makes the figures repeatable.
+//! usage: host CASE MAYFLY KERNEL INITRD, where CASE is boot, boot-mmio, memory, block, block-async, net or queues. Needs
+//! /dev/kvm and, for the last two, root. The clock is the host's; an instruction-counted host makes the figures repeatable.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -91,12 +91,13 @@ impl Bench<'_> {
             }
             _ => None,
         };
-        if matches!(case, "block" | "queues") {
+        if matches!(case, "block" | "block-async" | "queues") {
             // Written, so that reading it reads pages and not holes.
             let disk = scratch.file("disk", vec![0x5a; DISK_BYTES])?;
             config["drives"] = json!([{
                 "drive_id": "disk", "path_on_host": disk, "is_root_device": false, "is_read_only": false,
                 "cache_type": "Writeback", "queues": queues,
+                "io_engine": if case == "block-async" { "Async" } else { "Sync" },
             }]);
         }
         let file = scratch.file("config.json", config.to_string())?;
