@@ -294,15 +294,27 @@ impl Monitor {
             .ok_or_else(|| Failure::new("no exit code"))
     }
 
-    /// A failure that shows what the process has said.
+    /// A failure that shows what the process has said, and what it does.
     pub fn failure(&self, what: &str) -> Failure {
         let log = self.log();
         let start = log.len().saturating_sub(4000);
         let log = log.get(start..).unwrap_or(&log);
-        let (console, stderr) = (self.console.tail(), self.stderr.tail());
+        let (console, stderr, threads) = (self.console.tail(), self.stderr.tail(), self.threads());
         Failure::new(format!(
-            "{what}\n--- console:\n{console}\n--- log:\n{log}\n--- standard error:\n{stderr}\n---"
+            "{what}\n--- console:\n{console}\n--- log:\n{log}\n--- standard error:\n{stderr}\n--- threads:\n{threads}---"
         ))
+    }
+
+    /// A line for each thread: its name, the processor time that it has had, and where in the kernel it waits.
+    fn threads(&self) -> String {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid()));
+        let line = |task: &Path| {
+            let read = |file| fs::read_to_string(task.join(file)).unwrap_or_default();
+            let ticks = ticks(task).unwrap_or_default();
+            format!("{}: {ticks} ticks, {}\n", read("comm").trim_end(), read("wchan"))
+        };
+        let tasks = tasks.into_iter().flatten().flatten();
+        tasks.map(|task| line(&task.path())).collect()
     }
 }
 
