@@ -10,6 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use crate::environment::{binary, jailer};
 use crate::isolation::{become_user, replace_etc};
+use crate::monitor_builder::heed_signals;
 use crate::{Client, Failure, HOST_TIMEOUT, Result, Scratch, wait_until};
 
 /// Whom the VM of a jail runs as, and an ordinary user who starts one.
@@ -121,15 +122,17 @@ impl Jail {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        if self.starter == Starter::User {
-            let etc = self.etc.clone();
-            let user = move || {
-                etc.as_deref().map_or(Ok(()), replace_etc)?;
-                become_user(JAIL_USER)
-            };
-            // SAFETY: needed because the standard library knows no mounts; the function makes system calls only.
-            unsafe { command.pre_exec(user) };
-        }
+        let (etc, is_user) = (self.etc.clone(), self.starter == Starter::User);
+        let before_exec = move || {
+            heed_signals()?;
+            if !is_user {
+                return Ok(());
+            }
+            etc.as_deref().map_or(Ok(()), replace_etc)?;
+            become_user(JAIL_USER)
+        };
+        // SAFETY: needed because the standard library knows no mounts; the function makes system calls only.
+        unsafe { command.pre_exec(before_exec) };
         command
     }
 

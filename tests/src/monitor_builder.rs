@@ -123,6 +123,7 @@ impl MonitorBuilder {
         let mut command = self.command()?;
         let mut prepare = self.prepare.take();
         let before_exec = move || {
+            heed_signals()?;
             prepare.as_mut().map_or(Ok(()), |prepare| prepare())?;
             die_with_parent()
         };
@@ -153,6 +154,18 @@ impl MonitorBuilder {
         command.stdin(stream()?).stdout(stream()?).stderr(stream()?);
         Ok(command)
     }
+}
+
+/// Lets signals of a terminal end the process also where the tests run in the background: shells have such jobs ignore
+/// them. To be called between fork and exec.
+pub(crate) fn heed_signals() -> std::io::Result<()> {
+    for signal in [libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: needed because the standard library cannot do it. The call is allowed between fork and exec.
+        if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Makes the process die with the thread that started it, even if the test is killed.
