@@ -44,7 +44,7 @@ impl Inbox {
     /// Hands a request over. While the process ends nobody takes it; the client then gets a fault.
     pub fn send(&self, request: Request) {
         if self.requests.send(request).is_ok() {
-            // Only a full counter refuses, and then the control thread is awake already.
+            // Only a full counter refuses, and 2^64 requests do not wait.
             let _ = self.wake.write(1);
         }
     }

@@ -184,17 +184,13 @@ impl DeviceSet {
 
     /// Unplugs the devices that the guest has let go of when asked; gives their names.
     pub fn take_ejected(&mut self) -> Vec<(DeviceKind, String)> {
-        let Wiring::Pci(bus) = &mut self.wiring else {
-            return Vec::new();
-        };
-        let mut gone = Vec::new();
-        for slot in bus.take_ejected() {
-            let kicks = bus.unplug(slot);
-            for device in self.devices.extract_if(.., |device| device.slot == Some(slot)) {
-                gone.push((device.config.kind(), device.config.id().to_owned()));
-                add_to_sum(&mut self.departed, &device.end(&kicks));
-            }
-        }
+        let Ok(bus) = self.bus() else { return Vec::new() };
+        let ejected = bus.take_ejected().into_iter();
+        let emptied: Vec<_> = ejected.map(|slot| (slot, bus.unplug(slot))).collect();
+        let gone: Vec<_> = emptied
+            .into_iter()
+            .filter_map(|(slot, kicks)| self.end(slot, &kicks))
+            .collect();
         // A guest ejects what nobody asked for as often as it likes.
         if !gone.is_empty() {
             self.tell_of_memory();
@@ -206,11 +202,18 @@ impl DeviceSet {
     pub fn take_away(&mut self, kind: DeviceKind, id: &str) -> Result<(), DeviceSetError> {
         let slot = self.slot_of(kind, id)?;
         let kicks = self.bus()?.take_away(slot);
-        for device in self.devices.extract_if(.., |device| device.is(kind, id)) {
-            add_to_sum(&mut self.departed, &device.end(&kicks));
-        }
+        self.end(slot, &kicks);
         self.tell_of_memory();
         Ok(())
+    }
+
+    /// Ends the device of a slot that was emptied, and keeps what it has counted; gives its name.
+    fn end(&mut self, slot: u8, kicks: &[Arc<EventFd>]) -> Option<(DeviceKind, String)> {
+        let index = self.devices.iter().position(|device| device.slot == Some(slot))?;
+        let device = self.devices.remove(index);
+        let name = (device.config.kind(), device.config.id().to_owned());
+        add_to_sum(&mut self.departed, &device.end(kicks));
+        Some(name)
     }
 
     /// Tells the devices that one of them may have come or gone with memory of its own.
