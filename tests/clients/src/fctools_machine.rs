@@ -1,4 +1,7 @@
 //! A machine with every device that both the crate fctools and Mayfly have, and its way from start to end.
+//!
+//! Its tests have a runtime of one thread: with more, the crate's own task can answer that all resources are there before
+//! it has taken up the last of them.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -70,7 +73,7 @@ fn machine(lab: &Lab, resources: &mut Resources, folder: &Path) -> VmConfigurati
         drive("root", true, moved("root.ext4")),
         drive("data", false, moved("small.img")),
     ];
-    let pmem = moved("large.img");
+    let pmem = moved("pmem.img");
     let mut created = |name| {
         let kind = ResourceType::Created(CreatedResourceType::File);
         resource(resources, &folder.join(name), kind)

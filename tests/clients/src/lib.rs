@@ -17,8 +17,8 @@ pub const GUEST_TIMEOUT: Duration = Duration::from_secs(180);
 /// The user of jailed machines.
 pub const JAIL_USER: u32 = 54321;
 
-/// The folder of one test, gone with it: the binaries `firecracker` and `jailer`, a kernel, an initramfs, a root disk, a
-/// second disk and a tap that reaches the guest.
+/// The folder of one test, gone with it: the binaries `firecracker` and `jailer`, a kernel, an initramfs, a root disk, two
+/// files for a second disk, one for persistent memory, and a tap that reaches the guest.
 pub struct Lab {
     folder: PathBuf,
     tap: String,
@@ -49,7 +49,7 @@ impl Lab {
         for (name, file) in files {
             fs::copy(file, lab.path(name)).expect("the release build and guest images");
         }
-        for (name, mib) in [("small.img", 1), ("large.img", 3)] {
+        for (name, mib) in [("small.img", 1), ("large.img", 3), ("pmem.img", 2)] {
             let disk = fs::File::create(lab.path(name)).expect("a new disk");
             disk.set_len(mib << 20).expect("a size");
         }

@@ -30,7 +30,7 @@ async fn start(lab: &Lab, init_method: InitMethod) -> ClientVm<UnrestrictedVmmEx
     .await
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test]
 async fn fctools_finds_programs_of_the_version_that_it_wants() {
     let lab = Lab::new("fctools-verify", 9);
     // Mayfly has none, and the crate wants to see all three.
@@ -42,7 +42,7 @@ async fn fctools_finds_programs_of_the_version_that_it_wants() {
     assert!(programs.verify("1.16.2", &TokioRuntime).await.is_err());
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test]
 async fn fctools_drives_a_machine_over_the_api() {
     let lab = Lab::new("fctools", 1);
     let mut vm = start(&lab, InitMethod::ViaApiCalls).await;
@@ -94,7 +94,7 @@ async fn fctools_drives_a_machine_over_the_api() {
     shut_down(&mut vm, VmShutdownMethod::PauseThenKill).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test]
 async fn fctools_drives_a_machine_by_a_config_file() {
     let lab = Lab::new("fctools-file", 2);
     let mut vm = start(&lab, InitMethod::ViaJsonConfiguration(lab.path("config.json"))).await;

@@ -52,7 +52,7 @@ fn assert_confined(root: &Path) {
     assert_eq!(status(root, "Seccomp:"), "2");
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test]
 async fn fctools_drives_a_machine_that_its_jailer_waits_for() {
     let lab = Lab::new("fctools-jail", 6);
     let jailer = jailer(&lab)
@@ -89,7 +89,7 @@ async fn fctools_drives_a_machine_that_its_jailer_waits_for() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test]
 async fn fctools_drives_a_machine_that_is_a_daemon() {
     let lab = Lab::new("fctools-daemon", 7);
     let jailer = jailer(&lab).daemonize().exec_in_new_pid_ns();
