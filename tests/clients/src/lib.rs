@@ -1,10 +1,13 @@
 //! What the tests of clients share: guest images, a folder with a `firecracker`, a network, and the sight of a guest.
 //!
-//! Environment: as for the other guest tests, `MAYFLY_BIN`, `MAYFLY_JAILER` and `MAYFLY_GUEST_DIR`.
+//! Environment: as for the other guest tests, `MAYFLY_BIN`, `MAYFLY_JAILER`, `MAYFLY_GUEST_DIR` and
+//! `MAYFLY_GUEST_COUNT_FILE`.
 
 pub mod fctools_machine;
 
+use std::cell::Cell;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -23,6 +26,7 @@ pub struct Lab {
     folder: PathBuf,
     tap: String,
     network: u8,
+    counted: Cell<bool>,
 }
 
 impl Lab {
@@ -34,6 +38,7 @@ impl Lab {
             folder,
             tap: format!("client{network}"),
             network,
+            counted: Cell::new(false),
         };
         let binary = std::env::var_os("MAYFLY_BIN").map_or_else(release_binary, PathBuf::from);
         let jailer = std::env::var_os("MAYFLY_JAILER").map(PathBuf::from);
@@ -94,6 +99,20 @@ impl Lab {
                     .collect();
                 panic!("the guest does not answer: {said:#?}");
             }
+        }
+        self.count_guest();
+    }
+
+    /// Tells `make test` that a real guest has booted, once.
+    pub fn count_guest(&self) {
+        let Some(path) = std::env::var_os("MAYFLY_GUEST_COUNT_FILE") else {
+            return;
+        };
+        if !self.counted.replace(true) {
+            let file = fs::File::options().create(true).append(true).open(path);
+            let line = format!("{}\n", self.tap);
+            let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
+            written.expect("the count of guests");
         }
     }
 

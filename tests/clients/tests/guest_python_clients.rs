@@ -39,6 +39,7 @@ fn run(lab: &Lab, script: &str) {
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
     assert!(output.status.success(), "{}: {said}", output.status);
+    lab.count_guest();
 }
 
 #[test]
