@@ -101,7 +101,7 @@ fetch_packages() {
         ((${#unknown[@]})) || return 0
         ((${#missing[@]})) || die "no package has ${unknown[*]}"
         # Only a package that has a library in use is asked what it needs.
-        mapfile -t found < <(printf '%s\n' "${used[@]#"$CACHE/tools/"}" | cut -d/ -f1 | sort -u)
+        mapfile -t found < <(printf '%s\n' "${used[@]#"$CACHE/tools/"}" | grep -o '^[^/]\+' | sort -u)
         mapfile -t level < <(depends "${PACKAGES[@]}" "${found[@]}")
     done
 }

@@ -77,10 +77,15 @@ class Machine:
     def wait_for_socket(self):
         """Waits until the API can be reached."""
         deadline = time.monotonic() + TIMEOUT
-        while not self.socket.exists():
+        while not self.listens():
             self.check_alive()
             assert time.monotonic() < deadline, "no API socket"
             time.sleep(0.01)
+
+    def listens(self):
+        """True once the socket takes connections, a moment after it is there."""
+        with socket.socket(socket.AF_UNIX) as stream:
+            return stream.connect_ex(str(self.socket)) == 0
 
     def check_alive(self):
         """Fails when the process has ended."""
