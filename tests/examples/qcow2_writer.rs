@@ -1,7 +1,7 @@
 //! A guest's disk in a process of its own, for tests that kill it: it writes random sectors of a qcow2 image through the
 //! block device, with plain memory in place of a machine, and tells on its standard output what it did.
 //!
-//! usage: qcow2_writer IMAGE CACHE_TYPE SEED
+//! usage: qcow2_writer IMAGE CACHE_TYPE IO_ENGINE SEED
 //!
 //! Each request prints two lines: `begin STAMP SECTOR COUNT` before it, and `done STAMP` after its answer; a flush, which
 //! there is only with Writeback, has the count 0. A sector that was written says its stamp, over and over.
@@ -18,12 +18,12 @@ const MOST: u64 = 64;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [image, cache_type, seed] = args.as_slice() else {
-        return Err("usage: qcow2_writer IMAGE CACHE_TYPE SEED".into());
+    let [image, cache_type, io_engine, seed] = args.as_slice() else {
+        return Err("usage: qcow2_writer IMAGE CACHE_TYPE IO_ENGINE SEED".into());
     };
     let config: Config = serde_json::from_value(json!({
         "drive_id": "disk", "is_root_device": false, "path_on_host": image, "cache_type": cache_type,
-        "format": "qcow2", "backing": "allow",
+        "format": "qcow2", "backing": "allow", "io_engine": io_engine,
     }))?;
     let mem = testing::memory(MEMORY);
     let mut disk = BlockDriver::new(&mem, config.build()?);

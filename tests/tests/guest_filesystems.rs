@@ -99,13 +99,16 @@ fn raw_disks_with_either_engine_keep_a_file_system() -> Result {
 }
 
 #[test]
-fn qcow2_disks_keep_a_file_system() -> Result {
+fn qcow2_disks_with_either_engine_keep_a_file_system() -> Result {
     let scratch = Scratch::new("filesystems")?;
     let vm = machine(&scratch)?;
     let (image, raw) = (scratch.join("image.qcow2"), scratch.join("image.raw"));
     create_qcow2(&image, None, "32M")?;
     let drive = hot(&image, "Sync").with("format", "qcow2");
-    assert_a_file_system_is_kept(&vm, &drive, &drive.clone().with("queues", 2))?;
+    let other = hot(&image, "Async").with("format", "qcow2");
+    for (first, second) in [(&drive, &other), (&other, &drive.clone().with("queues", 2))] {
+        assert_a_file_system_is_kept(&vm, first, second)?;
+    }
     check_qcow2(&image)?;
     let words = ["convert", "-f", "qcow2", "-O", "raw"].map(OsStr::new);
     qemu_img(words.into_iter().chain([image.as_os_str(), raw.as_os_str()]))?;

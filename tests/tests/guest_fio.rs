@@ -42,8 +42,8 @@ fn drive(image: &Path, engine: &str) -> Drive {
     Drive::new("work", image).writeback().with("io_engine", engine)
 }
 
-fn qcow2(image: &Path) -> Drive {
-    drive(image, "Sync").with("format", "qcow2")
+fn qcow2(image: &Path, engine: &str) -> Drive {
+    drive(image, engine).with("format", "qcow2")
 }
 
 /// Pauses the machine and changes the drive's limits while fio works on it, which finds every byte as it wrote it.
@@ -123,11 +123,11 @@ fn assert_raw_works(engine: &str, queues: u16, plug: Plug) -> Result {
 }
 
 /// On a qcow2 image, which is whole afterwards.
-fn assert_qcow2_works(queues: u16, plug: Plug) -> Result {
+fn assert_qcow2_works(engine: &str, queues: u16, plug: Plug) -> Result {
     let scratch = Scratch::new("fio-qcow2")?;
     let image = scratch.join("image");
     create_qcow2(&image, None, "8M")?;
-    assert_fio_finds_what_it_wrote(qcow2(&image).with("queues", queues), plug)?;
+    assert_fio_finds_what_it_wrote(qcow2(&image, engine).with("queues", queues), plug)?;
     check_qcow2(&image)?;
     assert!(
         read_qcow2(&image)?.iter().any(|byte| *byte != 0),
@@ -169,13 +169,23 @@ fn a_raw_image_works_with_two_asynchronous_queues() -> Result {
 }
 
 #[test]
-fn a_qcow2_image_works() -> Result {
-    assert_qcow2_works(1, Plug::Cold)
+fn a_qcow2_image_works_with_the_synchronous_engine() -> Result {
+    assert_qcow2_works("Sync", 1, Plug::Cold)
 }
 
 #[test]
-fn a_qcow2_image_works_with_two_queues() -> Result {
-    assert_qcow2_works(2, Plug::Hot)
+fn a_qcow2_image_works_with_the_asynchronous_engine() -> Result {
+    assert_qcow2_works("Async", 1, Plug::Hot)
+}
+
+#[test]
+fn a_qcow2_image_works_with_two_synchronous_queues() -> Result {
+    assert_qcow2_works("Sync", 2, Plug::Hot)
+}
+
+#[test]
+fn a_qcow2_image_works_with_two_asynchronous_queues() -> Result {
+    assert_qcow2_works("Async", 2, Plug::Cold)
 }
 
 #[test]

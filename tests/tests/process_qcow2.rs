@@ -177,8 +177,8 @@ fn what_is_refused_is_told_with_the_remedy_and_changes_nothing() -> Result {
         ),
         (
             &clone,
-            json!({"backing": "allow", "io_engine": "Async"}),
-            "no Async engine",
+            json!({"backing": "allow", "direct": true}),
+            "cannot go past the page cache",
         ),
         (
             &other,

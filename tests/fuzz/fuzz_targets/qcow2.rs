@@ -6,7 +6,7 @@ use std::fs;
 use std::sync::LazyLock;
 
 use arbitrary::Arbitrary;
-use devices::virtio::block::{CacheType, Config, Format};
+use devices::virtio::block::{CacheType, Config, Format, IoEngine};
 use libfuzzer_sys::fuzz_target;
 use mayfly_fuzz::driver::{DATA, HEADERS, Machine, Op, piece};
 
@@ -53,6 +53,8 @@ struct Shape {
     cluster: u8,
     /// There is an image behind it.
     backed: bool,
+    /// Requests overlap.
+    overlap: bool,
     /// Where the image ends too early, if at all.
     cut: u16,
 }
@@ -152,7 +154,7 @@ fuzz_target!(|input: (Shape, Vec<Change>, u64, Vec<Step>)| {
         is_read_only: None,
         path_on_host: Some(IMAGE.clone()),
         rate_limiter: None,
-        io_engine: None,
+        io_engine: shape.overlap.then_some(IoEngine::Async),
         socket: None,
         direct: false,
         queues: None,

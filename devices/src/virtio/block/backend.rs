@@ -3,13 +3,29 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
-use super::direct::Announced;
+use super::announced::Announced;
 use super::qcow2::{self, Qcow2};
 use super::raw::Raw;
+use super::request::Request;
 use super::{Config, ConfigError, Format, SECTOR};
-use crate::virtio::Buffers;
 use crate::virtio::image_lock::{Lock, LockError};
+use crate::virtio::{Buffers, Chain};
+
+/// The most files of a backend.
+pub(super) const MAX_FILES: usize = 33;
+
+/// Where the kernel can carry out a request by itself.
+#[derive(Default)]
+pub(super) struct Place {
+    /// Which of [`Backend::files`].
+    pub(super) file: u32,
+    /// Where in it the data begin, which are there in one piece.
+    pub(super) offset: u64,
+    /// To be held until the kernel is done.
+    pub(super) announced: Option<Announced>,
+}
 
 /// What holds a drive's bytes: a run of [`Backend::size`] bytes that the guest reads and writes.
 ///
@@ -18,20 +34,16 @@ use crate::virtio::image_lock::{Lock, LockError};
 pub(super) trait Backend: Send + Sync {
     /// Bytes. Any that make no whole sector are not for the guest.
     fn size(&self) -> u64;
-    /// The file whose bytes are the drive's, for an engine that works on it by itself; none when it is not that simple.
-    fn file(&self) -> Option<&File> {
+    /// The files that have the drive's bytes, for an engine that works on them by itself as [`Self::place`] says; none when
+    /// there are no such, and [`MAX_FILES`] at most.
+    fn files(&self) -> Vec<Arc<File>> {
+        Vec::new()
+    }
+    /// Where in its files the kernel can carry out a request as it is; if nowhere, the backend's own calls can.
+    fn place(&self, _request: Request, _chain: &Chain<'_>) -> Option<Place> {
         None
     }
-    /// Whether that file can take this piece of a request as it is; if not, the backend's own calls can.
-    fn takes(&self, _offset: u64, _buffers: &Buffers<'_>) -> bool {
-        true
-    }
-    /// Learns of a write of this range that the file takes as it is, from before it begins; it is over when the answer is
-    /// dropped.
-    fn announce(&self, _range: Range<u64>) -> Option<Announced> {
-        None
-    }
-    /// Whether that file is in the host's memory: then no request has a disk to wait for.
+    /// Whether those files are in the host's memory: then no request has a disk to wait for.
     fn in_memory(&self) -> bool {
         false
     }

@@ -203,9 +203,6 @@ impl Config {
             Format::Qcow2 if self.direct => {
                 Some("a qcow2 image cannot go past the page cache: leave direct out")
             }
-            Format::Qcow2 if self.io_engine == Some(IoEngine::Async) => {
-                Some("a qcow2 image has no Async engine: set io_engine to \"Sync\" or leave it out")
-            }
             _ => None,
         }
     }

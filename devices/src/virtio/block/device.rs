@@ -9,6 +9,7 @@ use serde_json::Value;
 use vm_memory::VolatileSlice;
 
 use super::request::{Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Request, SERIAL, Status};
+use super::settle::Changes;
 use super::uring::Uring;
 use super::{Backend, CacheType, Config, Metrics, OpenError, Patch, SECTOR, backend, overlap};
 use crate::GuestMemory;
@@ -171,22 +172,19 @@ impl Block {
             return more;
         }
         let mut chain = Chain::from(std::mem::take(&mut self.storage));
-        let mut changes = self.backend.settles_runs().then(Vec::new);
+        let mut changes = Changes::of_run(&*self.backend);
         let more = self.serve_all(&mut chain, ring, write_through, &mut changes);
         self.storage = chain.into_storage();
-        if let Some(changes) = changes {
-            self.settle_run(&changes);
-        }
+        self.settle_run(&changes);
         Ok(more?)
     }
 
-    /// With `changes` it lists there the status bytes of the requests that have changed the disk.
     fn serve_all<'m>(
         &mut self,
         chain: &mut Chain<'m>,
         ring: &mut Ring<'_, 'm>,
         write_through: bool,
-        changes: &mut Option<Vec<VolatileSlice<'m>>>,
+        changes: &mut Changes<'m>,
     ) -> Result<bool, QueueError> {
         let (mut now, mut count) = (Instant::now(), 0);
         let end = now + RUN_TIME;
@@ -216,32 +214,16 @@ impl Block {
         chain: &mut Chain<'m>,
         now: &mut Instant,
         write_through: bool,
-        changes: &mut Option<Vec<VolatileSlice<'m>>>,
+        changes: &mut Changes<'m>,
     ) -> Option<u32> {
         match self.admit(chain) {
             Admitted::Held => None,
             Admitted::Answered(written) => Some(written),
             Admitted::Valid(request, status) => {
                 let result = self.execute(request, chain, write_through);
+                changes.note(request, status, &result);
                 let start = std::mem::replace(now, Instant::now());
-                if let Some(changes) = changes
-                    && result.is_ok()
-                    && request.changes_disk()
-                {
-                    changes.push(status);
-                }
                 Some(self.conclude(request, &status, result, *now - start))
-            }
-        }
-    }
-
-    /// Brings what a run did to the host. If that fails, the requests that have changed the disk have failed.
-    fn settle_run(&mut self, changes: &[VolatileSlice<'_>]) {
-        if let Err(error) = self.backend.settle() {
-            self.settle_failed(&error);
-            self.metrics.execute_fails += u64::try_from(changes.len()).expect("a usize fits");
-            for status_byte in changes {
-                status_byte.copy_from(&[Status::IoError as u8]);
             }
         }
     }
@@ -428,15 +410,7 @@ impl Block {
         Ok(())
     }
 
-    /// The backend keeps what the host did not take.
-    fn settle_failed(&self, error: &io::Error) {
-        log::error!(
-            "drive '{}': cannot write the tables of its image: {error}",
-            self.serial_text()
-        );
-    }
-
-    fn serial_text(&self) -> String {
+    pub(super) fn serial_text(&self) -> String {
         String::from_utf8_lossy(&self.serial)
             .trim_end_matches('\0')
             .to_owned()

@@ -4,15 +4,15 @@
 //! block reads the rest of it first, and meanwhile nobody else writes. Only what is already in the kernel, by io_uring, goes
 //! on: such a write is [`Announced`] and, if it may have been undone, written again.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::SECTOR;
+use super::announced::{Announced, Announcements};
 use crate::virtio::Buffers;
 
 /// What is assumed where the kernel does not tell.
@@ -30,7 +30,7 @@ pub(super) struct Direct {
     /// Taken by whoever writes; alone, by whoever writes a part of a block.
     writers: RwLock<()>,
     /// Writes that take no turn; none where no request writes a part of a block.
-    flying: Option<Arc<Mutex<Flying>>>,
+    announcements: Option<Announcements>,
 }
 
 impl Direct {
@@ -68,7 +68,7 @@ impl Direct {
             memory,
             block,
             writers: RwLock::default(),
-            flying: (block > SECTOR).then(Arc::default),
+            announcements: (block > SECTOR).then(Announcements::default),
         }
     }
 
@@ -93,23 +93,24 @@ impl Direct {
     /// Waits until nobody writes but the kernel on its own; for a write to a range that goes through the buffer.
     pub(super) fn alone(&self, range: Range<u64>) -> Alone<'_> {
         let turn = self.writers.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flying) = &self.flying {
-            let blocks = range.start - range.start % self.block..range.end.next_multiple_of(self.block);
-            lock(flying).begin(blocks);
+        if let Some(announcements) = &self.announcements {
+            announcements
+                .begin(range.start - range.start % self.block..range.end.next_multiple_of(self.block));
         }
         Alone {
-            flying: self.flying.as_deref(),
+            announcements: self.announcements.as_ref(),
             _turn: turn,
         }
     }
 
     /// To be held while the kernel carries out a write of whole blocks that is taken as it is; none where nothing can undo
-    /// it. Never waits.
+    /// it. Who writes a part of one of its blocks meanwhile may bring back what the rest held before. That takes a guest
+    /// that has both writes to the block under way at a time, and then either may be the last: one that has met another is
+    /// done once more.
     pub(super) fn announce(&self, range: Range<u64>) -> Option<Announced> {
-        self.flying.as_ref().map(|flying| Announced {
-            number: lock(flying).add(range),
-            flying: Arc::clone(flying),
-        })
+        self.announcements
+            .as_ref()
+            .map(|announcements| announcements.announce(range))
     }
 
     /// Fills `buffers` from `offset` on.
@@ -168,82 +169,18 @@ impl Direct {
     }
 }
 
-/// Writes that are in the kernel, of all queues of a drive, and the one that goes through the buffer.
-#[derive(Debug, Default)]
-struct Flying {
-    writes: BTreeMap<u64, Write>,
-    next: u64,
-    /// The blocks that are read and written back now.
-    alone: Option<Range<u64>>,
-}
-
-#[derive(Debug)]
-struct Write {
-    range: Range<u64>,
-    /// Whether a block of it was read and written back meanwhile.
-    met: bool,
-}
-
-impl Flying {
-    fn add(&mut self, range: Range<u64>) -> u64 {
-        let met = self.alone.as_ref().is_some_and(|alone| meet(alone, &range));
-        let number = self.next;
-        self.next += 1;
-        self.writes.insert(number, Write { range, met });
-        number
-    }
-
-    fn begin(&mut self, blocks: Range<u64>) {
-        for write in self.writes.values_mut() {
-            write.met |= meet(&write.range, &blocks);
-        }
-        self.alone = Some(blocks);
-    }
-}
-
 /// Held by who writes a part of a block.
 pub(super) struct Alone<'d> {
-    flying: Option<&'d Mutex<Flying>>,
+    announcements: Option<&'d Announcements>,
     _turn: RwLockWriteGuard<'d, ()>,
 }
 
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
-        if let Some(flying) = self.flying {
-            lock(flying).alone = None;
+        if let Some(announcements) = self.announcements {
+            announcements.end();
         }
     }
-}
-
-/// Held for a write while it is in the kernel.
-///
-/// Nobody waits for its end, which it may be up to the waiting thread to notice. So who writes a part of one of its blocks
-/// may bring back what the rest held before. That takes a guest that has both writes to the block under way at a time, and
-/// then either may be the last: this one is done once more.
-pub(super) struct Announced {
-    flying: Arc<Mutex<Flying>>,
-    number: u64,
-}
-
-impl Announced {
-    /// Whether the write may have been undone, and is to be done again by [`Direct::writer`].
-    pub(super) fn has_met(&self) -> bool {
-        lock(&self.flying).writes[&self.number].met
-    }
-}
-
-impl Drop for Announced {
-    fn drop(&mut self) {
-        lock(&self.flying).writes.remove(&self.number);
-    }
-}
-
-fn lock(flying: &Mutex<Flying>) -> MutexGuard<'_, Flying> {
-    flying.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn meet(one: &Range<u64>, other: &Range<u64>) -> bool {
-    one.start < other.end && other.start < one.end
 }
 
 /// Where a piece of a request is.

@@ -10,8 +10,9 @@
 //!
 //! The control thread builds the device. From DRIVER_OK to reset it runs on an io loop. With synchronous system calls a
 //! slow disk holds up the devices of its loop, but no vCPU; with the asynchronous engine (`overlap`, over `uring`) it holds
-//! up nobody.
+//! up nobody, as long as the kernel can carry requests out by itself: where it can, a backend says (`Backend::place`).
 
+mod announced;
 mod backend;
 mod config;
 mod device;
@@ -21,6 +22,7 @@ mod overlap;
 pub mod qcow2;
 mod raw;
 mod request;
+mod settle;
 mod uring;
 
 pub use backend::OpenError;

@@ -1,8 +1,8 @@
 //! The asynchronous engine: requests of a drive overlap, and their answers come in the order in which they are done.
 //!
 //! A run of the queue takes what the driver offers, submits it all together, and answers what has landed by then; the
-//! others land at events of the ring. A flush needs no order: it is for the writes that the driver has seen answered
-//! (virtio 1.2 §5.2.6.2), and those are with the host.
+//! others land at events of the ring. What the backend has no place for is carried out where it is taken. A flush needs no
+//! order: it is for the writes that the driver has seen answered (virtio 1.2 §5.2.6.2), and those are with the host.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -10,12 +10,11 @@ use std::time::{Duration, Instant};
 
 use super::backend::Backend;
 use super::device::{Admitted, Block, ENGINE_TOKEN, RUN_REQUESTS, RUN_TIME};
-use super::direct::Announced;
-use super::request::Request;
+use super::settle::Changes;
 use super::uring::{Flight, Uring};
 use super::{Config, IoEngine, OpenError};
 use crate::GuestMemory;
-use crate::virtio::{Chain, DeviceError, Io, QueueError, Ring, UpdateError, Vector};
+use crate::virtio::{DeviceError, Io, QueueError, Ring, UpdateError, Vector};
 
 /// A run ends when it has taken requests for this many bytes: the kernel moves those in its page cache while it takes
 /// them, and the guest waits. It also ends when requests that do not overlap have taken [`RUN_TIME`].
@@ -23,15 +22,15 @@ const RUN_BYTES: usize = 1 << 20;
 
 /// The engine that a config asks for; none when requests are carried out where they are taken.
 pub(super) fn engine(config: &Config, backend: &dyn Backend) -> Result<Option<Box<Uring>>, OpenError> {
-    if config.io_engine.unwrap_or_default() == IoEngine::Sync {
+    let files = backend.files();
+    if config.io_engine.unwrap_or_default() == IoEngine::Sync || files.is_empty() {
         return Ok(None);
     }
-    let engine = backend.file().map(Uring::new).transpose();
-    let engine = engine.map_err(|source| OpenError::Engine {
+    let engine = Uring::new(&files).map_err(|source| OpenError::Engine {
         path: config.path_on_host.clone().unwrap_or_default(),
         source,
     })?;
-    Ok(engine.map(Box::new))
+    Ok(Some(Box::new(engine)))
 }
 
 impl Block {
@@ -54,12 +53,14 @@ impl Block {
         write_through: bool,
     ) -> Result<bool, DeviceError> {
         self.land(engine, ring);
+        let mut changes = Changes::of_run(&*self.backend);
         let launched = match self.throttle.is_holding() {
             true => Ok(false),
             false => self
-                .launch(engine, ring, write_through)
+                .launch(engine, ring, write_through, &mut changes)
                 .map_err(DeviceError::from),
         };
+        self.settle_run(&changes);
         let result = launched.and_then(|more| self.start(engine, ring).map(|()| more));
         if result.is_err() {
             // The device is called no more before its reset, and nothing may be going on until then.
@@ -75,6 +76,7 @@ impl Block {
         engine: &mut Uring,
         ring: &mut Ring<'_, 'm>,
         write_through: bool,
+        changes: &mut Changes<'m>,
     ) -> Result<bool, QueueError> {
         let (mut count, mut bytes, mut time) = (0, 0, Duration::ZERO);
         ring.disable_notify();
@@ -107,18 +109,22 @@ impl Block {
                     ring.push(chain.head(), written);
                     engine.give_back(chain);
                 }
-                Admitted::Valid(request, status)
-                    if self.overlaps(request, &chain) && !self.stands_alone(engine, ring)? =>
-                {
-                    let len = request.bytes(&chain);
-                    bytes += len;
-                    let announced = self.announce(request, len);
-                    // SAFETY: needed to keep the chain beyond this call. The caller keeps the guest's memory.
-                    unsafe { engine.push(chain, &status, request, len, write_through, announced) };
-                }
                 Admitted::Valid(request, status) => {
+                    let place = match self.stands_alone(engine, ring)? {
+                        true => None,
+                        false => self.backend.place(request, &chain),
+                    };
+                    if let Some(place) = place {
+                        let len = request.bytes(&chain);
+                        bytes += len;
+                        // SAFETY: needed to keep the chain beyond this call. The caller keeps the guest's memory.
+                        unsafe { engine.push(chain, &status, request, len, place, write_through) };
+                        count += 1;
+                        continue;
+                    }
                     let start = Instant::now();
                     let result = self.execute(request, &mut chain, write_through);
+                    changes.note(request, status, &result);
                     let taken = start.elapsed();
                     time += taken;
                     let written = self.conclude(request, &status, result, taken);
@@ -192,33 +198,17 @@ impl Block {
     pub(super) fn prepare_swap(&mut self, backend: &dyn Backend, io: &mut Io<'_>) -> Result<(), UpdateError> {
         self.land_all(io)
             .map_err(|error| UpdateError::Device(error.into()))?;
-        match (&mut self.engine, backend.file()) {
-            (Some(engine), Some(file)) => engine.set_image(file).map_err(|source| UpdateError::Host {
+        let Some(engine) = &mut self.engine else {
+            return Ok(());
+        };
+        engine.set_files(&backend.files()).map_err(|source| {
+            // The old image is still the one in use.
+            self.refresh_engine(io);
+            UpdateError::Host {
                 op: "register the new image for io_uring".into(),
                 source,
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether a request is one for the kernel to carry out while others are. What is rare is not.
-    fn overlaps(&self, request: Request, chain: &Chain<'_>) -> bool {
-        match request {
-            Request::Read { .. } | Request::Write { .. } if request.bytes(chain) == 0 => false,
-            Request::Read { offset } => self.backend.takes(offset, &chain.writable),
-            Request::Write { offset } => self.backend.takes(offset, &chain.readable),
-            Request::Flush => true,
-            Request::GetId | Request::Discard { .. } | Request::WriteZeroes { .. } => false,
-        }
-    }
-
-    /// Tells those who could undo a write that it is about to begin.
-    fn announce(&self, request: Request, len: usize) -> Option<Announced> {
-        let Request::Write { offset } = request else {
-            return None;
-        };
-        let len = u64::try_from(len).expect("a usize fits");
-        self.backend.announce(offset..offset + len)
+            }
+        })
     }
 
     /// Whether a request has neither a disk to wait for nor others to overlap with. The kernel would hand it to another
@@ -230,10 +220,8 @@ impl Block {
     /// Follows a swap that another part of the device has made, with nothing in flight. If it cannot, requests are carried
     /// out where they are taken.
     pub(super) fn refresh_engine(&mut self, io: &Io<'_>) {
-        let (Some(engine), Some(file)) = (&mut self.engine, self.backend.file()) else {
-            return;
-        };
-        if let Err(error) = engine.set_image(file) {
+        let Some(engine) = &mut self.engine else { return };
+        if let Err(error) = engine.set_files(&self.backend.files()) {
             log::warn!("a queue of a drive goes on without io_uring: {error}");
             // Nothing listens to it any more, and it has nothing to say.
             let _ = io.watch.remove(engine.as_raw_fd());

@@ -10,10 +10,12 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use super::direct::{Announced, Direct};
+use super::backend::Place;
+use super::direct::Direct;
+use super::request::Request;
 use super::{Backend, OpenError, SECTOR};
-use crate::virtio::Buffers;
 use crate::virtio::image_lock::Lock;
+use crate::virtio::{Buffers, Chain};
 
 const PUNCH_HOLE: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 
@@ -166,8 +168,26 @@ impl Backend for Raw {
         self.size
     }
 
-    fn file(&self) -> Option<&File> {
-        Some(&self.file)
+    fn files(&self) -> Vec<Arc<File>> {
+        vec![Arc::clone(&self.file)]
+    }
+
+    fn place(&self, request: Request, chain: &Chain<'_>) -> Option<Place> {
+        if request == Request::Flush {
+            return Some(Place::default());
+        }
+        let (range, buffers) = request.data(chain)?;
+        if self.detour(range.start, buffers).is_some() {
+            return None;
+        }
+        Some(Place {
+            file: 0,
+            offset: range.start,
+            announced: match &self.direct {
+                Some(direct) if request.changes_disk() => direct.announce(range),
+                _ => None,
+            },
+        })
     }
 
     fn in_memory(&self) -> bool {
@@ -176,14 +196,6 @@ impl Backend for Raw {
 
     fn locks(&self) -> &[Lock] {
         &self.lock
-    }
-
-    fn takes(&self, offset: u64, buffers: &Buffers<'_>) -> bool {
-        self.detour(offset, buffers).is_none()
-    }
-
-    fn announce(&self, range: Range<u64>) -> Option<Announced> {
-        self.direct.as_ref()?.announce(range)
     }
 
     fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {

@@ -1,5 +1,7 @@
 //! Requests (virtio 1.2 §5.2.6): taken apart and checked, with no I/O.
 
+use std::ops::Range;
+
 use super::SECTOR;
 use crate::virtio::{Buffers, Chain};
 
@@ -116,6 +118,17 @@ impl Request {
             len,
             may_unmap,
         })
+    }
+
+    /// Which bytes of the disk it reads or writes, and where the guest has them; none when it moves no data.
+    pub(super) fn data<'c, 'm>(self, chain: &'c Chain<'m>) -> Option<(Range<u64>, &'c Buffers<'m>)> {
+        let (offset, buffers) = match self {
+            Self::Read { offset } => (offset, &chain.writable),
+            Self::Write { offset } => (offset, &chain.readable),
+            _ => return None,
+        };
+        let range = offset..offset + bytes(buffers);
+        (!range.is_empty()).then_some((range, buffers))
     }
 
     /// Whether it changes what is on the disk.

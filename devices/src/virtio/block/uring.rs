@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,8 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use super::direct::Announced;
+use super::announced::Announced;
+use super::backend::{MAX_FILES, Place};
 use super::request::Request;
 use crate::GuestMemory;
 use crate::virtio::{Buffers, Chain, ChainStorage};
@@ -25,9 +27,6 @@ pub(super) const DEPTH: u16 = 256;
 /// From `linux/io_uring.h`.
 const REGISTER_FILES_UPDATE: u8 = 6;
 
-/// The image is the ring's only registered file.
-const IMAGE: types::Fixed = types::Fixed(0);
-
 /// A request that was popped and not yet answered.
 pub(super) struct Flight {
     pub(super) chain: Chain<'static>,
@@ -37,15 +36,14 @@ pub(super) struct Flight {
     pub(super) bytes: usize,
     /// When it began.
     pub(super) start: Instant,
+    place: Place,
     /// Bytes that were moved so far.
     done: u64,
     /// Whether a write is to be durable before it is answered.
     pub(super) write_through: bool,
-    /// For a write that others could undo.
-    announced: Option<Announced>,
 }
 
-/// Requests in flight over one image.
+/// Requests in flight over the files of one backend.
 pub(super) struct Uring {
     ring: IoUring,
     /// By the number that goes with a request through the kernel.
@@ -61,12 +59,12 @@ pub(super) struct Uring {
 unsafe impl Send for Uring {}
 
 impl Uring {
-    /// A ring over `image`.
-    pub(super) fn new(image: &File) -> io::Result<Self> {
+    /// A ring over `files`.
+    pub(super) fn new(files: &[Arc<File>]) -> io::Result<Self> {
         // It begins disabled, to be restricted: nobody can make it do more than a drive needs.
         let ring = IoUring::builder().setup_r_disabled().build(u32::from(DEPTH))?;
         let submitter = ring.submitter();
-        submitter.register_files(&[image.as_raw_fd()])?;
+        submitter.register_files(&table(files))?;
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Readv::CODE),
             Restriction::sqe_op(opcode::Writev::CODE),
@@ -84,10 +82,13 @@ impl Uring {
         })
     }
 
-    /// Works on another image from now on. Nothing is in flight.
-    pub(super) fn set_image(&mut self, image: &File) -> io::Result<()> {
-        let submitter = self.ring.submitter();
-        submitter.register_files_update(0, &[image.as_raw_fd()]).map(drop)
+    /// Works on other files from now on. Nothing is in flight. After an error some of the old ones are gone.
+    pub(super) fn set_files(&mut self, files: &[Arc<File>]) -> io::Result<()> {
+        let table = table(files);
+        match self.ring.submitter().register_files_update(0, &table)? {
+            count if count == table.len() => Ok(()),
+            _ => Err(ErrorKind::OutOfMemory.into()),
+        }
     }
 
     /// True when nothing is in flight.
@@ -121,8 +122,8 @@ impl Uring {
         status: &VolatileSlice<'_>,
         request: Request,
         bytes: usize,
+        place: Place,
         write_through: bool,
-        announced: Option<Announced>,
     ) {
         let flight = Flight {
             // SAFETY: needed to keep the chain in this structure. As the caller promises, `memory` keeps it valid.
@@ -132,9 +133,9 @@ impl Uring {
             request,
             bytes,
             start: Instant::now(),
+            place,
             done: 0,
             write_through,
-            announced,
         };
         let number = self.free.pop().unwrap_or_else(|| {
             self.flights.push(None);
@@ -242,20 +243,24 @@ impl Flight {
             let count = u32::try_from(iovecs.len()).expect("a queue bounds the pieces of a chain");
             (iovecs.as_ptr(), count)
         };
+        let file = types::Fixed(self.place.file);
         let entry = match self.request {
-            Request::Read { offset } => {
+            Request::Read { .. } => {
                 let (pieces, count) = pieces(&self.chain.writable);
-                let read = opcode::Readv::new(IMAGE, pieces, count);
-                read.offset(offset + self.done).build()
+                let read = opcode::Readv::new(file, pieces, count);
+                read.offset(self.place.offset + self.done).build()
             }
-            Request::Write { offset } => {
+            Request::Write { .. } => {
                 let (pieces, count) = pieces(&self.chain.readable);
                 let flags = if self.write_through { libc::RWF_DSYNC } else { 0 };
-                let write = opcode::Writev::new(IMAGE, pieces, count);
-                write.offset(offset + self.done).rw_flags(flags).build()
+                let write = opcode::Writev::new(file, pieces, count);
+                write
+                    .offset(self.place.offset + self.done)
+                    .rw_flags(flags)
+                    .build()
             }
             _ => {
-                let flush = opcode::Fsync::new(IMAGE);
+                let flush = opcode::Fsync::new(file);
                 flush.flags(types::FsyncFlags::DATASYNC).build()
             }
         };
@@ -273,7 +278,7 @@ impl Flight {
         match usize::try_from(result) {
             Ok(0) => Some(Err(nothing.into())),
             // What is left in the buffers then is done again.
-            Ok(_) if self.announced.as_ref().is_some_and(Announced::has_met) => Some(Ok(())),
+            Ok(_) if self.place.announced.as_ref().is_some_and(Announced::has_met) => Some(Ok(())),
             Ok(count) => {
                 buffers.advance(count);
                 self.done += u64::try_from(count).expect("a usize fits");
@@ -283,6 +288,13 @@ impl Flight {
             Err(_) => Some(Err(io::Error::from_raw_os_error(-result))),
         }
     }
+}
+
+/// All entries of the ring's table of files.
+fn table(files: &[Arc<File>]) -> Vec<RawFd> {
+    let mut table: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    table.resize(MAX_FILES, -1);
+    table
 }
 
 /// Whether both are the same mappings.

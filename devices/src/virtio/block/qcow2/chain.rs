@@ -1,6 +1,8 @@
 //! Opens an image and the files behind it.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use imago::FormatAccess;
 use imago::qcow2::Qcow2 as Image;
@@ -11,12 +13,13 @@ use super::file::HostFile;
 use super::header::{Backing, Header};
 use super::journal::Journal;
 use super::store::Store;
+use crate::virtio::block::backend::MAX_FILES;
 use crate::virtio::block::raw::Raw;
 use crate::virtio::block::{Backend, OpenError};
 use crate::virtio::image_lock::Lock;
 
 /// More images behind one another are refused.
-const MAX_DEPTH: usize = 32;
+const MAX_DEPTH: usize = MAX_FILES - 1;
 /// What an image may grow by beyond twice its disk: tables, and the refcounts of all.
 const ROOM_FOR_TABLES: u64 = 1 << 30;
 
@@ -42,7 +45,31 @@ pub(super) struct Opened {
     pub(super) format: FormatAccess<Store>,
     pub(super) store: Store,
     pub(super) cluster: u64,
+    pub(super) files: Files,
+}
+
+/// The files of an image and of those behind it, in order.
+pub(super) struct Files {
     pub(super) locks: Vec<Lock>,
+    pub(super) open: Vec<Arc<File>>,
+    /// Whether they all are in the host's memory.
+    pub(super) in_memory: bool,
+}
+
+impl Files {
+    fn of(backend: &dyn Backend) -> Self {
+        Self {
+            locks: backend.locks().to_vec(),
+            open: backend.files(),
+            in_memory: backend.in_memory(),
+        }
+    }
+
+    fn append(&mut self, mut behind: Self) {
+        self.locks.append(&mut behind.locks);
+        self.open.append(&mut behind.open);
+        self.in_memory &= behind.in_memory;
+    }
 }
 
 impl Opener<'_> {
@@ -62,17 +89,17 @@ impl Opener<'_> {
         read_only: bool,
         depth: usize,
     ) -> Result<Opened, OpenError> {
-        let mut locks = file.locks().to_vec();
+        let mut files = Files::of(&*file);
         let mut file = HostFile::new(file);
         let header = Header::read(&file, read_only).map_err(|flaw| flawed(path, flaw))?;
         if !read_only {
             file.let_grow(header.size.saturating_mul(2).saturating_add(ROOM_FOR_TABLES));
         }
         let backing = match &header.backing {
-            Some(backing) => Some(self.open_backing(path, backing, depth, &mut locks)?),
+            Some(backing) => Some(self.open_backing(path, backing, depth, &mut files)?),
             None => None,
         };
-        let store = Store::new(path.to_owned(), file, Journal::new(&header));
+        let store = Store::new(path.to_owned(), depth, file, Journal::new(&header));
         let mut image =
             Image::<Store>::open_image(store.clone(), !read_only).map_err(|error| flawed(path, error))?;
         image.set_backing(backing);
@@ -80,7 +107,7 @@ impl Opener<'_> {
             format: FormatAccess::new(image),
             store,
             cluster: header.cluster,
-            locks,
+            files,
         })
     }
 
@@ -89,7 +116,7 @@ impl Opener<'_> {
         above: &Path,
         backing: &Backing,
         depth: usize,
-        locks: &mut Vec<Lock>,
+        files: &mut Files,
     ) -> Result<FormatAccess<Store>, OpenError> {
         let refuse = |flaw: BackingFlaw| flawed(above, flaw);
         if depth == MAX_DEPTH {
@@ -105,12 +132,12 @@ impl Opener<'_> {
         }
         let file = Box::new(Raw::open(&path.to_string_lossy(), true, self.held)?);
         if format == "qcow2" {
-            let mut opened = self.open_image(&path, file, true, depth + 1)?;
-            locks.append(&mut opened.locks);
+            let opened = self.open_image(&path, file, true, depth + 1)?;
+            files.append(opened.files);
             return Ok(opened.format);
         }
-        locks.extend_from_slice(file.locks());
-        let store = Store::new(path.clone(), HostFile::new(file), Journal::default());
+        files.append(Files::of(&*file));
+        let store = Store::new(path.clone(), depth + 1, HostFile::new(file), Journal::default());
         let raw = RawFormat::open_image(store, false).map_err(|error| flawed(&path, error))?;
         Ok(FormatAccess::new(raw))
     }

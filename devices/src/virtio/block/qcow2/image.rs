@@ -1,30 +1,37 @@
 //! [`Qcow2`]: the requests on an image.
 
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use imago::{FormatAccess, Mapping};
 
-use super::chain::{Allowed, Opener, flawed};
+use super::chain::{Allowed, Files, Opener, flawed};
 use super::error::Flaw;
 use super::file::fill_zeros;
 use super::store::Store;
-use crate::virtio::Buffers;
+use crate::virtio::block::announced::Announcements;
+use crate::virtio::block::backend::Place;
 use crate::virtio::block::raw::Raw;
+use crate::virtio::block::request::Request;
 use crate::virtio::block::{Backend, BackingRule, CacheType, Config, OpenError};
 use crate::virtio::buffers;
 use crate::virtio::image_lock::Lock;
+use crate::virtio::{Buffers, Chain};
 
 /// The largest cluster.
 const MAX_BOUNCE: usize = 2 << 20;
 
-/// An open image. One request at a time works on it.
+/// An open image. One request at a time works on its tables; the kernel may work on data by itself meanwhile.
 pub(in crate::virtio::block) struct Qcow2 {
     size: u64,
     read_only: bool,
-    locks: Vec<Lock>,
+    files: Files,
+    /// What the kernel does in clusters of this image. They must not become free before it is over: they would soon have
+    /// other data, or a table.
+    announcements: Announcements,
     image: Mutex<Image>,
 }
 
@@ -76,7 +83,8 @@ impl Qcow2 {
         Ok(Self {
             size: opened.format.size(),
             read_only,
-            locks: opened.locks,
+            files: opened.files,
+            announcements: Announcements::default(),
             image: Mutex::new(Image {
                 format: opened.format,
                 store: opened.store,
@@ -99,8 +107,34 @@ impl Backend for Qcow2 {
         self.size
     }
 
+    fn files(&self) -> Vec<Arc<File>> {
+        self.files.open.clone()
+    }
+
+    /// Data that lie in one piece are read there; they are written where they are in place. All else changes tables.
+    fn place(&self, request: Request, chain: &Chain<'_>) -> Option<Place> {
+        let image = self.image();
+        if request == Request::Flush {
+            return (!self.read_only && !image.changed).then(Place::default);
+        }
+        let (range, _) = request.data(chain)?;
+        let (mut place, in_place) = image.place(&range)?;
+        let in_image = place.file == 0 && !self.read_only;
+        if (in_image || request.changes_disk()) && !in_place {
+            return None;
+        }
+        if in_image {
+            place.announced = Some(self.announcements.announce(range));
+        }
+        Some(place)
+    }
+
+    fn in_memory(&self) -> bool {
+        self.files.in_memory
+    }
+
     fn locks(&self) -> &[Lock] {
-        &self.locks
+        &self.files.locks
     }
 
     fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
@@ -131,6 +165,10 @@ impl Backend for Qcow2 {
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {
         let mut image = self.image();
+        if self.announcements.meet(&range) {
+            // It is only a hint, and comes at a strange time.
+            return Ok(());
+        }
         image.changed = true;
         match image.format.discard_to_any(range.start, range.end - range.start) {
             // It is only a hint, and images of version 2 do not take it.
@@ -140,7 +178,11 @@ impl Backend for Qcow2 {
     }
 
     fn write_zeroes(&self, range: Range<u64>, may_unmap: bool) -> io::Result<()> {
-        self.image().write_zeroes(range, may_unmap)
+        let mut image = self.image();
+        if self.announcements.meet(&range) {
+            return image.fill_with_zeros(range);
+        }
+        image.write_zeroes(range, may_unmap)
     }
 }
 
@@ -239,6 +281,38 @@ impl Image {
         Ok(())
     }
 
+    /// Where data are, if they are in one piece of a file and all there; and whether they can be written there.
+    fn place(&self, range: &Range<u64>) -> Option<(Place, bool)> {
+        let len = range.end - range.start;
+        // Who goes the other way meets the error again.
+        let (mapping, there) = self.format.get_mapping(range.start, len).ok()?;
+        let Mapping::Raw {
+            storage,
+            offset,
+            writable,
+            ..
+        } = mapping
+        else {
+            return None;
+        };
+        if there < len || offset.checked_add(len)? > storage.len() {
+            return None;
+        }
+        let place = Place {
+            file: u32::try_from(storage.depth()).ok()?,
+            offset,
+            announced: None,
+        };
+        Some((place, writable && storage.depth() == 0 && offset >= self.cluster))
+    }
+
+    /// Makes a range zero in clusters of its own, of which none becomes free.
+    fn fill_with_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.put(range.start, range.end - range.start, |store, at, len| {
+            store.write_zeros(at..at + len as u64)
+        })
+    }
+
     fn write_zeroes(&mut self, range: Range<u64>, may_unmap: bool) -> io::Result<()> {
         let mut at = range.start;
         self.changed = true;
@@ -255,9 +329,7 @@ impl Image {
             };
             // What is not a whole cluster, before it or, when there is none, all that is left.
             let until = if len == 0 { range.end } else { start };
-            self.put(at, until - at, |store, at, len| {
-                store.write_zeros(at..at + len as u64)
-            })?;
+            self.fill_with_zeros(at..until)?;
             at = until + len;
         }
         Ok(())

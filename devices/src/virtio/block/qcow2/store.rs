@@ -19,20 +19,28 @@ pub(super) struct Store(Arc<Shared>);
 
 struct Shared {
     path: PathBuf,
+    /// Its place in the chain, where the image of the drive is 0.
+    depth: usize,
     file: HostFile,
     journal: Mutex<Journal>,
     helper: CommonStorageHelper,
 }
 
 impl Store {
-    /// Gives a file to imago.
-    pub(super) fn new(path: PathBuf, file: HostFile, journal: Journal) -> Self {
+    /// Gives a file to imago, which is behind `depth` others.
+    pub(super) fn new(path: PathBuf, depth: usize, file: HostFile, journal: Journal) -> Self {
         Self(Arc::new(Shared {
             path,
+            depth,
             file,
             journal: Mutex::new(journal),
             helper: CommonStorageHelper::default(),
         }))
+    }
+
+    /// How many images it is behind.
+    pub(super) fn depth(&self) -> usize {
+        self.0.depth
     }
 
     /// What imago wrote and what is not in the file yet.

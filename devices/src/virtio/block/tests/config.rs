@@ -4,7 +4,7 @@ use std::error::Error;
 
 use vmm_sys_util::tempdir::TempDir;
 
-use super::super::{BackingRule, ConfigError, Format, IoEngine, OpenError, Patch};
+use super::super::{BackingRule, ConfigError, Format, OpenError, Patch};
 use super::*;
 
 fn parse(json: &str) -> Config {
@@ -235,10 +235,10 @@ fn refuses_formats_that_do_not_fit_together() {
         ),
         (
             Config {
-                io_engine: Some(IoEngine::Async),
+                direct: true,
                 ..qcow2()
             },
-            "no Async engine",
+            "cannot go past the page cache",
         ),
     ] {
         let error = config.validate().unwrap_err().to_string();

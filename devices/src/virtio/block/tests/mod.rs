@@ -9,6 +9,7 @@ mod live;
 mod locks;
 mod noise;
 mod overlap;
+mod overlap_qcow2;
 mod queues;
 mod requests;
 

@@ -11,25 +11,25 @@ use crate::virtio::block::{BackingRule, Block, Config, Format};
 use crate::virtio::{UpdateError, VirtioDevice, feature};
 
 /// A folder with a raw base of 64 KiB, whose sectors have their numbers.
-struct Folder(TempDir);
+pub(super) struct Folder(TempDir);
 
 impl Folder {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = Self(TempDir::new().unwrap());
         let base: Vec<u8> = (0..128).flat_map(|sector| stamped(sector, 512)).collect();
         folder.write("base", &base);
         folder
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(super) fn path(&self, name: &str) -> String {
         self.0.as_path().join(name).to_str().unwrap().into()
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) {
+    pub(super) fn write(&self, name: &str, bytes: &[u8]) {
         fs::write(self.path(name), bytes).unwrap();
     }
 
-    fn image(&self, name: &str, backing: Option<(&'static str, Option<&'static str>)>) {
+    pub(super) fn image(&self, name: &str, backing: Option<(&'static str, Option<&'static str>)>) {
         self.write(
             name,
             &Builder {
@@ -40,7 +40,7 @@ impl Folder {
         );
     }
 
-    fn config(&self, name: &str) -> Config {
+    pub(super) fn config(&self, name: &str) -> Config {
         let config = json!({"drive_id": "disk", "is_root_device": false, "format": "qcow2"});
         Config {
             path_on_host: Some(self.path(name)),
@@ -48,7 +48,7 @@ impl Folder {
         }
     }
 
-    fn allow(&self, name: &str) -> Result<Qcow2, String> {
+    pub(super) fn allow(&self, name: &str) -> Result<Qcow2, String> {
         self.open(Config {
             backing: Some(BackingRule::Allow),
             ..self.config(name)

@@ -8,11 +8,11 @@ const COMPRESSED: u64 = 1 << 62;
 
 /// What is wrong with an image.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(in super::super) struct Report {
+pub(in crate::virtio::block) struct Report {
     /// Clusters in use that count as free or as used by fewer, and wrong marks of clusters that have one user.
-    pub(in super::super) errors: Vec<String>,
+    pub(in crate::virtio::block) errors: Vec<String>,
     /// Clusters that count as used, and nobody uses them.
-    pub(in super::super) leaks: usize,
+    pub(in crate::virtio::block) leaks: usize,
 }
 
 /// An image that is looked at.
@@ -128,7 +128,7 @@ impl Image<'_> {
 }
 
 impl Report {
-    pub(in super::super) fn of(bytes: &[u8]) -> Self {
+    pub(in crate::virtio::block) fn of(bytes: &[u8]) -> Self {
         let mut image = Image {
             bytes,
             cluster: 0,

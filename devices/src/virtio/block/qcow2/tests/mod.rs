@@ -6,6 +6,7 @@ mod crash;
 mod header;
 mod inspect;
 mod mutations;
+mod place;
 mod requests;
 
 use std::ops::Range;
@@ -16,7 +17,7 @@ use std::{io, iter};
 use vm_memory::VolatileSlice;
 
 pub(in crate::virtio::block) use build::Builder;
-pub(super) use inspect::Report;
+pub(in crate::virtio::block) use inspect::Report;
 
 use super::Qcow2;
 use super::chain::{Allowed, Opener};
@@ -139,7 +140,11 @@ fn put(backend: &impl Backend, offset: u64, data: &[u8]) -> io::Result<()> {
     backend.write(offset, &mut buffers)
 }
 
-pub(in crate::virtio::block) fn get(backend: &impl Backend, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+pub(in crate::virtio::block) fn get(
+    backend: &(impl Backend + ?Sized),
+    offset: u64,
+    len: usize,
+) -> io::Result<Vec<u8>> {
     let mut data = vec![0xee; len];
     let mut buffers = Buffers::new();
     // In two pieces, as a guest has it.
