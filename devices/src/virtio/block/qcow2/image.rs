@@ -306,7 +306,7 @@ impl Image {
         Some((place, writable && storage.depth() == 0 && offset >= self.cluster))
     }
 
-    /// Makes a range zero in clusters of its own, of which none becomes free.
+    /// Writes zeros: the clusters that the range has in place stay its own.
     fn fill_with_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
         self.put(range.start, range.end - range.start, |store, at, len| {
             store.write_zeros(at..at + len as u64)
