@@ -148,6 +148,20 @@ fn assert_direct_works(engine: &str, block_size: u32) -> Result {
     assert_fio_finds_what_it_wrote(drive, Plug::Cold)
 }
 
+/// Past the page cache, on a qcow2 image on a block device with large blocks.
+fn assert_direct_qcow2_works(engine: &str) -> Result {
+    let scratch = Scratch::new("fio-direct-qcow2")?;
+    let file = scratch.join("file");
+    zeros(&file, 2 * SIZE)?;
+    let device = LoopDevice::new(&file, 4096)?;
+    create_qcow2(device.path(), None, "8M")?;
+    let drive = qcow2(device.path(), engine)
+        .with("direct", true)
+        .with("queues", 2);
+    assert_fio_finds_what_it_wrote(drive, Plug::Cold)?;
+    check_qcow2(device.path())
+}
+
 #[test]
 fn a_raw_image_works_with_the_synchronous_engine() -> Result {
     assert_raw_works("Sync", 1, Plug::Cold)
@@ -201,6 +215,16 @@ fn a_block_device_works_past_the_page_cache_asynchronously() -> Result {
 #[test]
 fn a_block_device_with_large_blocks_works_past_the_page_cache_asynchronously() -> Result {
     assert_direct_works("Async", 4096)
+}
+
+#[test]
+fn a_qcow2_image_works_past_the_page_cache_synchronously() -> Result {
+    assert_direct_qcow2_works("Sync")
+}
+
+#[test]
+fn a_qcow2_image_works_past_the_page_cache_asynchronously() -> Result {
+    assert_direct_qcow2_works("Async")
 }
 
 /// What fio checks is what the image holds: a single bit that changes behind the guest's back is found.

@@ -176,11 +176,6 @@ fn what_is_refused_is_told_with_the_remedy_and_changes_nothing() -> Result {
             "leave one of them out",
         ),
         (
-            &clone,
-            json!({"backing": "allow", "direct": true}),
-            "cannot go past the page cache",
-        ),
-        (
             &other,
             json!({"format": "raw", "backing": "allow"}),
             "a raw image has no backing file",

@@ -23,8 +23,10 @@ pub(super) struct Place {
     pub(super) file: u32,
     /// Where in it the data begin, which are there in one piece.
     pub(super) offset: u64,
-    /// To be held until the kernel is done.
+    /// To be held until the kernel is done; a write that has met another then is to be done again, by the backend.
     pub(super) announced: Option<Announced>,
+    /// To be held until the kernel is done, so that the data stay where they are.
+    pub(super) pinned: Option<Announced>,
 }
 
 /// What holds a drive's bytes: a run of [`Backend::size`] bytes that the guest reads and writes.
@@ -76,8 +78,7 @@ pub(super) trait Backend: Send + Sync {
 pub(super) fn open(config: &Config, held: &[Lock]) -> Result<Box<dyn Backend>, OpenError> {
     let path = config.path_on_host.as_deref().unwrap_or_default();
     let backend: Box<dyn Backend> = match config.format.unwrap_or_default() {
-        Format::Raw if config.direct => Box::new(Raw::open_direct(path, config.read_only(), held)?),
-        Format::Raw => Box::new(Raw::open(path, config.read_only(), held)?),
+        Format::Raw => Box::new(Raw::open_disk(path, config.read_only(), config.direct, held)?),
         Format::Qcow2 => Box::new(Qcow2::open(config, held)?),
     };
     let size = backend.size();

@@ -200,9 +200,6 @@ impl Config {
             Format::Qcow2 if files && rule == BackingRule::Allow => Some(
                 "backing \"allow\" opens the files that the image names and backing_files others: leave one of them out",
             ),
-            Format::Qcow2 if self.direct => {
-                Some("a qcow2 image cannot go past the page cache: leave direct out")
-            }
             _ => None,
         }
     }

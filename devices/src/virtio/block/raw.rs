@@ -38,21 +38,32 @@ pub(super) struct Raw {
 }
 
 impl Raw {
-    /// Opens and locks the image at `path`. Never blocks, creates or shortens anything.
-    pub(super) fn open(path: &str, read_only: bool, held: &[Lock]) -> Result<Self, OpenError> {
-        Self::open_with(path, read_only, held, 0)
-    }
-
-    /// The same, past the page cache.
-    pub(super) fn open_direct(path: &str, read_only: bool, held: &[Lock]) -> Result<Self, OpenError> {
+    /// Opens and locks the image at `path`, to go past the page cache if `direct`. Never blocks, creates or shortens
+    /// anything.
+    pub(super) fn open(path: &str, read_only: bool, direct: bool, held: &[Lock]) -> Result<Self, OpenError> {
+        if !direct {
+            return Self::open_with(path, read_only, held, 0);
+        }
         let mut raw = Self::open_with(path, read_only, held, libc::O_DIRECT)?;
         let direct = Direct::of(&raw.file).map_err(|source| OpenError::Host {
             op: "find the alignment of",
             path: path.to_owned(),
             source,
         })?;
-        let block = direct.block();
-        // What is no whole block cannot be reached.
+        raw.direct = Some(direct);
+        Ok(raw)
+    }
+
+    /// The same for a guest that has the bytes of the file as its disk: none of its writes makes the file longer.
+    pub(super) fn open_disk(
+        path: &str,
+        read_only: bool,
+        direct: bool,
+        held: &[Lock],
+    ) -> Result<Self, OpenError> {
+        let mut raw = Self::open(path, read_only, direct, held)?;
+        let block = raw.direct.as_ref().map_or(1, Direct::block);
+        // What is no whole block could only be written together with what is behind it.
         let tail = raw.size % block;
         if tail >= SECTOR {
             log::warn!(
@@ -60,7 +71,6 @@ impl Raw {
             );
         }
         raw.size -= tail;
-        raw.direct = Some(direct);
         Ok(raw)
     }
 
@@ -187,6 +197,7 @@ impl Backend for Raw {
                 Some(direct) if request.changes_disk() => direct.announce(range),
                 _ => None,
             },
+            pinned: None,
         })
     }
 

@@ -131,6 +131,15 @@ impl Request {
         (!range.is_empty()).then_some((range, buffers))
     }
 
+    /// The same for data that are at another place.
+    pub(super) fn at(self, offset: u64) -> Self {
+        match self {
+            Self::Read { .. } => Self::Read { offset },
+            Self::Write { .. } => Self::Write { offset },
+            other => other,
+        }
+    }
+
     /// Whether it changes what is on the disk.
     pub(super) fn changes_disk(self) -> bool {
         match self {

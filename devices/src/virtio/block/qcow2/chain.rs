@@ -35,6 +35,8 @@ pub(in crate::virtio::block) enum Allowed<'a> {
 /// How to open an image and what is behind it.
 pub(in crate::virtio::block) struct Opener<'a> {
     pub(in crate::virtio::block) read_only: bool,
+    /// Past the page cache.
+    pub(in crate::virtio::block) direct: bool,
     pub(in crate::virtio::block) allowed: Allowed<'a>,
     /// Locks that the drive has already.
     pub(in crate::virtio::block) held: &'a [Lock],
@@ -130,7 +132,7 @@ impl Opener<'_> {
             let format = format.to_owned();
             return Err(refuse(BackingFlaw::Format { name: name(), format }));
         }
-        let file = Box::new(Raw::open(&path.to_string_lossy(), true, self.held)?);
+        let file = Box::new(Raw::open(&path.to_string_lossy(), true, self.direct, self.held)?);
         if format == "qcow2" {
             let opened = self.open_image(&path, file, true, depth + 1)?;
             files.append(opened.files);

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::VolatileSlice;
 
-use crate::virtio::Buffers;
 use crate::virtio::block::Backend;
+use crate::virtio::block::backend::Place;
+use crate::virtio::block::request::Request;
+use crate::virtio::{Buffers, Chain};
 
 const ZEROS: [u8; 4096] = [0; 4096];
 
@@ -39,6 +41,12 @@ impl HostFile {
     /// Bytes in it.
     pub(super) fn len(&self) -> u64 {
         self.len.load(Ordering::Relaxed)
+    }
+
+    /// Where the kernel can carry out a request on the file by itself: not behind its end.
+    pub(super) fn place(&self, request: Request, chain: &Chain<'_>) -> Option<Place> {
+        let end = request.data(chain).map_or(0, |(range, _)| range.end);
+        (end <= self.len()).then(|| self.backend.place(request, chain))?
     }
 
     /// Fills `buffers`. What is left in them then is of no meaning.

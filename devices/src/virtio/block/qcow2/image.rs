@@ -31,7 +31,7 @@ pub(in crate::virtio::block) struct Qcow2 {
     files: Files,
     /// What the kernel does in clusters of this image. They must not become free before it is over: they would soon have
     /// other data, or a table.
-    announcements: Announcements,
+    pinned: Announcements,
     image: Mutex<Image>,
 }
 
@@ -60,10 +60,11 @@ impl Qcow2 {
         };
         let opener = Opener {
             read_only,
+            direct: config.direct,
             allowed,
             held,
         };
-        let file = Box::new(Raw::open(path, read_only, held)?);
+        let file = Box::new(Raw::open(path, read_only, config.direct, held)?);
         let path = Path::new(path);
         if !read_only && file.locks().iter().any(|lock| lock.is_among(held)) {
             return Err(flawed(path, Flaw::Open));
@@ -84,7 +85,7 @@ impl Qcow2 {
             size: opened.format.size(),
             read_only,
             files: opened.files,
-            announcements: Announcements::default(),
+            pinned: Announcements::default(),
             image: Mutex::new(Image {
                 format: opened.format,
                 store: opened.store,
@@ -115,17 +116,18 @@ impl Backend for Qcow2 {
     fn place(&self, request: Request, chain: &Chain<'_>) -> Option<Place> {
         let image = self.image();
         if request == Request::Flush {
-            return (!self.read_only && !image.changed).then(Place::default);
+            let only_data = !self.read_only && !image.changed;
+            return only_data.then(|| image.store.place(request, chain))?;
         }
         let (range, _) = request.data(chain)?;
-        let (mut place, in_place) = image.place(&range)?;
-        let in_image = place.file == 0 && !self.read_only;
-        if (in_image || request.changes_disk()) && !in_place {
+        let (store, offset, in_place) = image.find(&range)?;
+        let may_move = store.depth() == 0 && !self.read_only;
+        if (may_move || request.changes_disk()) && !in_place {
             return None;
         }
-        if in_image {
-            place.announced = Some(self.announcements.announce(range));
-        }
+        let mut place = store.place(request.at(offset), chain)?;
+        place.file = u32::try_from(store.depth()).ok()?;
+        place.pinned = may_move.then(|| self.pinned.announce(range));
         Some(place)
     }
 
@@ -165,7 +167,7 @@ impl Backend for Qcow2 {
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {
         let mut image = self.image();
-        if self.announcements.meet(&range) {
+        if self.pinned.meet(&range) {
             // It is only a hint, and comes at a strange time.
             return Ok(());
         }
@@ -179,7 +181,7 @@ impl Backend for Qcow2 {
 
     fn write_zeroes(&self, range: Range<u64>, may_unmap: bool) -> io::Result<()> {
         let mut image = self.image();
-        if self.announcements.meet(&range) {
+        if self.pinned.meet(&range) {
             return image.fill_with_zeros(range);
         }
         image.write_zeroes(range, may_unmap)
@@ -281,29 +283,25 @@ impl Image {
         Ok(())
     }
 
-    /// Where data are, if they are in one piece of a file and all there; and whether they can be written there.
-    fn place(&self, range: &Range<u64>) -> Option<(Place, bool)> {
+    /// In which file and where in it data are, if they are in one piece; and whether they can be written there.
+    fn find(&self, range: &Range<u64>) -> Option<(&Store, u64, bool)> {
         let len = range.end - range.start;
         // Who goes the other way meets the error again.
-        let (mapping, there) = self.format.get_mapping(range.start, len).ok()?;
-        let Mapping::Raw {
-            storage,
-            offset,
-            writable,
-            ..
-        } = mapping
-        else {
-            return None;
-        };
-        if there < len || offset.checked_add(len)? > storage.len() {
-            return None;
+        match self.format.get_mapping(range.start, len).ok()? {
+            (
+                Mapping::Raw {
+                    storage,
+                    offset,
+                    writable,
+                    ..
+                },
+                there,
+            ) if there >= len && offset.checked_add(len).is_some() => {
+                let in_place = writable && storage.depth() == 0 && offset >= self.cluster;
+                Some((storage, offset, in_place))
+            }
+            _ => None,
         }
-        let place = Place {
-            file: u32::try_from(storage.depth()).ok()?,
-            offset,
-            announced: None,
-        };
-        Some((place, writable && storage.depth() == 0 && offset >= self.cluster))
     }
 
     /// Writes zeros: the clusters that the range has in place stay its own.

@@ -233,13 +233,6 @@ fn refuses_formats_that_do_not_fit_together() {
             },
             "leave one of them out",
         ),
-        (
-            Config {
-                direct: true,
-                ..qcow2()
-            },
-            "cannot go past the page cache",
-        ),
     ] {
         let error = config.validate().unwrap_err().to_string();
         assert!(error.contains(words), "{error}");

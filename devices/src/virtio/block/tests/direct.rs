@@ -10,7 +10,7 @@ use super::*;
 const BLOCK: usize = 4096;
 
 /// An image where O_DIRECT is possible: beside this program, as temporary folders may be in memory.
-fn image_on_disk(len: usize) -> TempFile {
+pub(super) fn image_on_disk(len: usize) -> TempFile {
     let program = std::env::current_exe().unwrap();
     let file = TempFile::new_in(program.parent().unwrap()).unwrap();
     let bytes: Vec<u8> = (0..len)
@@ -31,7 +31,7 @@ fn direct(image: &TempFile, engine: IoEngine) -> Config {
 
 /// As on a disk of which only whole blocks of 4096 bytes can be written.
 fn with_large_blocks(image: &TempFile) -> Arc<Raw> {
-    let mut raw = Raw::open_direct(&path(image), false, &[]).unwrap();
+    let mut raw = Raw::open_disk(&path(image), false, true, &[]).unwrap();
     raw.direct = Some(Direct::new(512, 4096));
     Arc::new(raw)
 }

@@ -1,8 +1,11 @@
-//! The asynchronous engine on copy-on-write images: what lies in one place overlaps, and what changes tables does not
-//! disturb it.
+//! Copy-on-write images with the asynchronous engine, where what lies in one piece overlaps and what changes tables does
+//! not disturb it; and past the page cache.
 
-use super::super::qcow2::tests::{Builder, Report, get};
+use super::super::direct::Direct;
+use super::super::qcow2::tests::{Builder, Report, get, open_direct};
+use super::super::raw::Raw;
 use super::super::{Format, IoEngine, backend};
+use super::direct::image_on_disk;
 use super::*;
 use crate::testing::Random;
 
@@ -20,31 +23,63 @@ fn header_of(window: u64) -> u64 {
     HEADER + 0x40 * window
 }
 
-fn drive(image: &TempFile, cache_type: CacheType) -> Config {
-    Config {
-        io_engine: Some(IoEngine::Async),
-        format: Some(Format::Qcow2),
-        cache_type,
-        ..config(image)
+/// An image over a base that ends in no whole sector.
+struct Image {
+    base: TempFile,
+    image: TempFile,
+}
+
+impl Image {
+    fn new(cluster_bits: u32) -> Self {
+        let base = image_on_disk(300_100);
+        let image = image_on_disk(0);
+        let builder = Builder {
+            cluster_bits,
+            backing: Some(("base", Some("raw"))),
+            ..Builder::default()
+        };
+        image.as_file().write_all(&builder.build()).unwrap();
+        Self { base, image }
     }
-}
 
-fn new_image(cluster_bits: u32) -> TempFile {
-    let image = TempFile::new().unwrap();
-    let builder = Builder {
-        cluster_bits,
-        ..Builder::default()
-    };
-    image.as_file().write_all(&builder.build()).unwrap();
-    image
-}
+    fn drive(&self, cache_type: CacheType) -> Config {
+        Config {
+            io_engine: Some(IoEngine::Async),
+            format: Some(Format::Qcow2),
+            backing_files: Some(vec![path(&self.base)]),
+            cache_type,
+            ..config(&self.image)
+        }
+    }
 
-/// The whole disk, as another process would read it.
-fn disk(image: &TempFile) -> Vec<u8> {
-    let copy = TempFile::new().unwrap();
-    copy.as_file().write_all(&content(image)).unwrap();
-    let image = backend::open(&drive(&copy, CacheType::Writeback), &[]).unwrap();
-    get(&*image, 0, DISK).unwrap()
+    /// A drive past the page cache, as on a disk with blocks of this many bytes.
+    fn drive_with_blocks(&self, engine: IoEngine, block: u64) -> Block {
+        let config = Config {
+            io_engine: Some(engine),
+            direct: true,
+            ..self.drive(CacheType::Writeback)
+        };
+        let mut file = Raw::open(&path(&self.image), false, true, &[]).unwrap();
+        file.direct = Some(Direct::new(512, block));
+        let image = open_direct(file, &[path(&self.base)], config.cache_type);
+        Block::over(&config, Arc::new(image)).unwrap()
+    }
+
+    /// The whole disk, as another process would read it.
+    fn disk(&self) -> Vec<u8> {
+        let copy = image_on_disk(0);
+        copy.as_file().write_all(&content(&self.image)).unwrap();
+        let config = Config {
+            path_on_host: Some(path(&copy)),
+            ..self.drive(CacheType::Writeback)
+        };
+        let image = backend::open(&config, &[]).unwrap();
+        get(&*image, 0, DISK).unwrap()
+    }
+
+    fn assert_whole(&self) {
+        assert_eq!(Report::of(&content(&self.image)), Report::default());
+    }
 }
 
 #[derive(Debug)]
@@ -106,56 +141,73 @@ fn serve(guest: &mut Guest<'_>, device: &mut Block, offers: &[Offer]) {
     }
 }
 
+fn assert_random_requests_work(image: &Image, build: impl Fn() -> Block) {
+    let mem = testing::memory(2 << 20);
+    let mut expected = content(&image.base);
+    expected.resize(DISK, 0);
+    let mut random = Random::new(1);
+    for stamp in 1..30 {
+        let mut device = build();
+        let mut guest = Guest::new(&mem);
+        guest.activate(&mut device);
+        for _ in 0..3 {
+            let mut offer = |window: u64| {
+                let start = WINDOW * window + random.below(WINDOW);
+                let end = start + 1 + random.below(WINDOW * (window + 1) - start);
+                Offer::random(&mut random, start..end, stamp)
+            };
+            let offers: Vec<_> = (0..WINDOWS).map(&mut offer).collect();
+            serve(&mut guest, &mut device, &offers);
+            let now = get(&*device.backend, 0, DISK).unwrap();
+            for (window, offer) in (0..).zip(&offers) {
+                let range = offer.bytes();
+                match offer.kind {
+                    IN => assert!(
+                        guest.bytes(data_of(window), offer.data.len()) == expected[range],
+                        "{:?}",
+                        offer.sectors
+                    ),
+                    OUT => expected[range].copy_from_slice(&offer.data),
+                    WRITE_ZEROES => expected[range].fill(0),
+                    // Each byte is what it was, or zero.
+                    _ => expected[range.clone()]
+                        .iter_mut()
+                        .zip(&now[range])
+                        .filter(|(_, now)| **now == 0)
+                        .for_each(|(byte, _)| *byte = 0),
+                }
+            }
+            assert!(now == expected);
+        }
+        drop(device);
+        image.assert_whole();
+    }
+    assert!(image.disk() == expected);
+}
+
 #[test]
 fn random_requests_do_what_they_do_on_a_plain_disk() {
     for (cluster_bits, cache_type) in [
         (9, CacheType::Writeback),
-        (12, CacheType::Writeback),
         (12, CacheType::Unsafe),
         (16, CacheType::Writeback),
     ] {
-        let (image, mem) = (new_image(cluster_bits), testing::memory(2 << 20));
-        let mut expected = vec![0; DISK];
-        let mut random = Random::new(u64::from(cluster_bits));
-        for stamp in 1..40 {
-            let mut device = drive(&image, cache_type).build().unwrap();
-            let mut guest = Guest::new(&mem);
-            guest.activate(&mut device);
-            for _ in 0..3 {
-                let mut offer = |window: u64| {
-                    let start = WINDOW * window + random.below(WINDOW);
-                    let end = start + 1 + random.below(WINDOW * (window + 1) - start);
-                    Offer::random(&mut random, start..end, stamp)
-                };
-                let offers: Vec<_> = (0..WINDOWS).map(&mut offer).collect();
-                serve(&mut guest, &mut device, &offers);
-                let now = get(&*device.backend, 0, DISK).unwrap();
-                for (window, offer) in (0..).zip(&offers) {
-                    let range = offer.bytes();
-                    match offer.kind {
-                        IN => assert!(
-                            guest.bytes(data_of(window), offer.data.len()) == expected[range],
-                            "{offer:?}"
-                        ),
-                        OUT => expected[range].copy_from_slice(&offer.data),
-                        WRITE_ZEROES => expected[range].fill(0),
-                        // Each byte is what it was, or zero.
-                        _ => expected[range.clone()]
-                            .iter_mut()
-                            .zip(&now[range])
-                            .filter(|(_, now)| **now == 0)
-                            .for_each(|(byte, _)| *byte = 0),
-                    }
-                }
-                assert!(now == expected, "clusters of 2^{cluster_bits}");
-            }
-            if cache_type == CacheType::Unsafe {
-                assert!(disk(&image) == expected);
-            }
-            drop(device);
-            assert_eq!(Report::of(&content(&image)), Report::default());
-        }
-        assert!(disk(&image) == expected);
+        let image = Image::new(cluster_bits);
+        assert_random_requests_work(&image, || image.drive(cache_type).build().unwrap());
+    }
+}
+
+#[test]
+fn random_requests_do_so_past_the_page_cache() {
+    for (cluster_bits, engine, block) in [
+        (12, IoEngine::Sync, 512),
+        (9, IoEngine::Sync, 4096),
+        (12, IoEngine::Async, 512),
+        (9, IoEngine::Async, 4096),
+        (16, IoEngine::Async, 4096),
+    ] {
+        let image = Image::new(cluster_bits);
+        assert_random_requests_work(&image, || image.drive_with_blocks(engine, block));
     }
 }
 
@@ -167,8 +219,8 @@ fn a_request_under_way_does_not_reach_what_a_freed_cluster_becomes() {
         (IN, DISCARD),
         (IN, WRITE_ZEROES),
     ] {
-        let (image, mem) = (new_image(12), testing::memory(2 << 20));
-        let mut device = drive(&image, CacheType::Writeback).build().unwrap();
+        let (image, mem) = (Image::new(12), testing::memory(2 << 20));
+        let mut device = image.drive(CacheType::Writeback).build().unwrap();
         let mut guest = Guest::new(&mem);
         guest.activate(&mut device);
         let offer = |kind, sectors, stamp| Offer {
@@ -194,8 +246,8 @@ fn a_request_under_way_does_not_reach_what_a_freed_cluster_becomes() {
 
 #[test]
 fn without_flushes_all_is_in_the_file_at_the_end_of_a_run() {
-    let (image, mem) = (new_image(12), testing::memory(2 << 20));
-    let mut device = drive(&image, CacheType::Unsafe).build().unwrap();
+    let (image, mem) = (Image::new(12), testing::memory(2 << 20));
+    let mut device = image.drive(CacheType::Unsafe).build().unwrap();
     let mut guest = Guest::new(&mem);
     guest.activate(&mut device);
     let offer = Offer {
@@ -209,5 +261,5 @@ fn without_flushes_all_is_in_the_file_at_the_end_of_a_run() {
         (guest.answered(), guest.bytes(header_of(0) + 16, 1)),
         (1, vec![OK])
     );
-    assert!(disk(&image)[3 * 512..5 * 512] == [7; 1024]);
+    assert!(image.disk()[3 * 512..5 * 512] == [7; 1024]);
 }

@@ -23,6 +23,7 @@ use super::Qcow2;
 use super::chain::{Allowed, Opener};
 use crate::testing::Random;
 use crate::virtio::Buffers;
+use crate::virtio::block::raw::Raw;
 use crate::virtio::block::{Backend, CacheType, OpenError};
 use crate::virtio::image_lock::Lock;
 
@@ -175,18 +176,30 @@ fn open_over(
     read_only: bool,
     durable: bool,
 ) -> Result<Qcow2, OpenError> {
-    let file = Box::new(platter.clone());
-    let opener = Opener {
-        read_only,
-        allowed: Allowed::Files(files),
-        held: &[],
-    };
     let cache_type = if durable {
         CacheType::Writeback
     } else {
         CacheType::Unsafe
     };
+    let opener = Opener {
+        read_only,
+        direct: false,
+        allowed: Allowed::Files(files),
+        held: &[],
+    };
+    let file = Box::new(platter.clone());
     Qcow2::over(file, Path::new("test.qcow2"), opener, cache_type)
+}
+
+/// Opens the image in a file that was opened past the page cache.
+pub(in crate::virtio::block) fn open_direct(file: Raw, files: &[String], cache_type: CacheType) -> Qcow2 {
+    let opener = Opener {
+        read_only: false,
+        direct: true,
+        allowed: Allowed::Files(files),
+        held: &[],
+    };
+    Qcow2::over(Box::new(file), Path::new("test.qcow2"), opener, cache_type).unwrap()
 }
 
 /// `len` bytes of sectors that all say `stamp`.
