@@ -194,13 +194,14 @@ fn read_word(vm: &Vm, mib: usize) -> Result<String> {
     vm.guest().check(&format!("{dd} | tr -d '\\0'"))
 }
 
-#[test]
-fn a_running_guest_follows_its_drive_to_other_images() -> Result {
+fn assert_a_running_guest_follows_its_drive(engine: &str) -> Result {
     let scratch = Scratch::new("follow")?;
     let [one, two, top] = ["one", "two", "top"].map(|name| scratch.join(format!("{name}.qcow2")));
     create_qcow2(&one, None, "8M")?;
     create_qcow2(&two, None, "16M")?;
-    let vm = TestVm::new("follow").drive(cow("disk", &one)).boot()?;
+    let vm = TestVm::new("follow")
+        .drive(cow("disk", &one).with("io_engine", engine))
+        .boot()?;
     write_word(&vm, "first", 7)?;
 
     swap(&vm, &two)?;
@@ -244,4 +245,14 @@ fn a_running_guest_follows_its_drive_to_other_images() -> Result {
     };
     assert!(has(&two, "second", 15)? && has(&one, "grown", 23)? && has(&top, "third", 31)?);
     Ok(())
+}
+
+#[test]
+fn a_running_guest_follows_its_drive_to_other_images() -> Result {
+    assert_a_running_guest_follows_its_drive("Sync")
+}
+
+#[test]
+fn a_running_guest_follows_its_drive_with_the_asynchronous_engine() -> Result {
+    assert_a_running_guest_follows_its_drive("Async")
 }
