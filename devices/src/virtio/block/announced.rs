@@ -40,9 +40,24 @@ impl Announcements {
         }
     }
 
-    /// Whether the kernel is working on a part of a range.
-    pub(super) fn meet(&self, range: &Range<u64>) -> bool {
-        self.requests().open.values().any(|open| meet(&open.range, range))
+    /// The parts of a range on which the kernel does not work, in order.
+    pub(super) fn rest(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let requests = self.requests();
+        let open = requests.open.values().map(|open| &open.range);
+        let mut open: Vec<_> = open.filter(|open| meet(open, &range)).cloned().collect();
+        drop(requests);
+        open.sort_unstable_by_key(|open| open.start);
+        let (mut rest, mut at) = (Vec::new(), range.start);
+        for open in open {
+            if at < open.start {
+                rest.push(at..open.start);
+            }
+            at = at.max(open.end);
+        }
+        if at < range.end {
+            rest.push(at..range.end);
+        }
+        rest
     }
 
     /// Tells all requests on a part of a range, and those that come before [`Self::end`], that somebody else works on it.

@@ -41,8 +41,9 @@ pub(super) trait Backend: Send + Sync {
     fn files(&self) -> Vec<Arc<File>> {
         Vec::new()
     }
-    /// Where in its files the kernel can carry out a request as it is; if nowhere, the backend's own calls can.
-    fn place(&self, _request: Request, _chain: &Chain<'_>) -> Option<Place> {
+    /// Where in its files the kernel can carry out a request as it is, and make it durable if it is to `write_through`; if
+    /// nowhere, the backend's own calls can.
+    fn place(&self, _request: Request, _chain: &Chain<'_>, _write_through: bool) -> Option<Place> {
         None
     }
     /// Whether those files are in the host's memory: then no request has a disk to wait for.

@@ -130,7 +130,9 @@ impl Direct {
         let alone = self.alone(offset..offset + len);
         let result = self.each_piece(offset, buffers, |place, bytes, done| {
             if place.inner.len() < bytes.len() {
-                read_up_to(file, place.start, bytes)?;
+                let there = read_up_to(file, place.start, bytes)?;
+                // Behind the end of the file, where there may still be what came before it in the buffer.
+                bytes[there..].fill(0);
             }
             buffers.read(done, &mut bytes[place.inner.clone()]);
             file.write_all_at(bytes, place.start)
@@ -263,6 +265,20 @@ mod tests {
             assert!(back == expected[at..at + len], "{offset} {len}");
         }
         assert!(std::fs::read(image.as_path()).unwrap() == expected);
+    }
+
+    #[test]
+    fn a_file_that_grows_by_a_part_of_a_block_has_zeros_behind_it() {
+        let image = file(&[]);
+        let direct = Direct::new(4096, 4096);
+        // The last piece is shorter than the one before it.
+        let len = usize::try_from(PIECE).unwrap() + 4096 + 512;
+        let mut data = vec![0xaa; len];
+        direct
+            .write(image.as_file(), 0, &buffers(&mut [&mut data[..]]))
+            .unwrap();
+        data.resize(len.next_multiple_of(4096), 0);
+        assert!(std::fs::read(image.as_path()).unwrap() == data);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::backend::Backend;
 use super::device::{Admitted, Block, ENGINE_TOKEN, RUN_REQUESTS, RUN_TIME};
@@ -17,7 +17,7 @@ use crate::GuestMemory;
 use crate::virtio::{DeviceError, Io, QueueError, Ring, UpdateError, Vector};
 
 /// A run ends when it has taken requests for this many bytes: the kernel moves those in its page cache while it takes
-/// them, and the guest waits. It also ends when requests that do not overlap have taken [`RUN_TIME`].
+/// them, and the guest waits.
 const RUN_BYTES: usize = 1 << 20;
 
 /// The engine that a config asks for; none when requests are carried out where they are taken.
@@ -78,10 +78,11 @@ impl Block {
         write_through: bool,
         changes: &mut Changes<'m>,
     ) -> Result<bool, QueueError> {
-        let (mut count, mut bytes, mut time) = (0, 0, Duration::ZERO);
+        let (mut count, mut bytes, mut now) = (0, 0, Instant::now());
+        let end = now + RUN_TIME;
         ring.disable_notify();
         loop {
-            if count == RUN_REQUESTS || bytes >= RUN_BYTES || time >= RUN_TIME {
+            if count == RUN_REQUESTS || bytes >= RUN_BYTES || now >= end {
                 return ring.enable_notify();
             }
             if engine.is_full() {
@@ -112,22 +113,20 @@ impl Block {
                 Admitted::Valid(request, status) => {
                     let place = match self.stands_alone(engine, ring)? {
                         true => None,
-                        false => self.backend.place(request, &chain),
+                        false => self.backend.place(request, &chain, write_through),
                     };
                     if let Some(place) = place {
                         let len = request.bytes(&chain);
                         bytes += len;
                         // SAFETY: needed to keep the chain beyond this call. The caller keeps the guest's memory.
-                        unsafe { engine.push(chain, &status, request, len, place, write_through) };
+                        now = unsafe { engine.push(chain, &status, request, len, place, write_through) };
                         count += 1;
                         continue;
                     }
-                    let start = Instant::now();
                     let result = self.execute(request, &mut chain, write_through);
                     changes.note(request, status, &result);
-                    let taken = start.elapsed();
-                    time += taken;
-                    let written = self.conclude(request, &status, result, taken);
+                    let start = std::mem::replace(&mut now, Instant::now());
+                    let written = self.conclude(request, &status, result, now - start);
                     ring.push(chain.head(), written);
                     engine.give_back(chain);
                 }

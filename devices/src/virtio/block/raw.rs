@@ -182,7 +182,7 @@ impl Backend for Raw {
         vec![Arc::clone(&self.file)]
     }
 
-    fn place(&self, request: Request, chain: &Chain<'_>) -> Option<Place> {
+    fn place(&self, request: Request, chain: &Chain<'_>, _write_through: bool) -> Option<Place> {
         if request == Request::Flush {
             return Some(Place::default());
         }

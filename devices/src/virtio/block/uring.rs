@@ -111,7 +111,8 @@ impl Uring {
         self.spare.push(chain.into_storage());
     }
 
-    /// Takes a request that reads, writes or flushes, and is valid. It goes with the next [`Uring::submit`].
+    /// Takes a request that reads, writes or flushes, and is valid. It goes with the next [`Uring::submit`]. Returns when
+    /// it began.
     ///
     /// # Safety
     ///
@@ -124,7 +125,8 @@ impl Uring {
         bytes: usize,
         place: Place,
         write_through: bool,
-    ) {
+    ) -> Instant {
+        let start = Instant::now();
         let flight = Flight {
             // SAFETY: needed to keep the chain in this structure. As the caller promises, `memory` keeps it valid.
             chain: unsafe { chain.detach() },
@@ -132,7 +134,7 @@ impl Uring {
             status: unsafe { VolatileSlice::new(status.ptr_guard_mut().as_ptr(), 1) },
             request,
             bytes,
-            start: Instant::now(),
+            start,
             place,
             done: 0,
             write_through,
@@ -144,6 +146,7 @@ impl Uring {
         let flight = self.flights[usize::from(number)].insert(flight);
         let entry = flight.entry(number);
         self.queue(&entry);
+        start
     }
 
     /// Starts everything that was pushed. `wait` waits until something has landed.

@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vm_memory::VolatileSlice;
 
@@ -20,6 +20,8 @@ pub(super) struct HostFile {
     len: AtomicU64,
     /// Bytes that it never has more of.
     limit: u64,
+    /// The host has lost writes, which it says only once.
+    lost: AtomicBool,
 }
 
 impl HostFile {
@@ -30,6 +32,7 @@ impl HostFile {
             backend,
             len: len.into(),
             limit: len,
+            lost: AtomicBool::new(false),
         }
     }
 
@@ -44,9 +47,9 @@ impl HostFile {
     }
 
     /// Where the kernel can carry out a request on the file by itself: not behind its end.
-    pub(super) fn place(&self, request: Request, chain: &Chain<'_>) -> Option<Place> {
+    pub(super) fn place(&self, request: Request, chain: &Chain<'_>, write_through: bool) -> Option<Place> {
         let end = request.data(chain).map_or(0, |(range, _)| range.end);
-        (end <= self.len()).then(|| self.backend.place(request, chain))?
+        (end <= self.len()).then(|| self.backend.place(request, chain, write_through))?
     }
 
     /// Fills `buffers`. What is left in them then is of no meaning.
@@ -92,10 +95,8 @@ impl HostFile {
         if range.is_empty() {
             return Ok(());
         }
-        let old = range.start..end.min(self.len());
-        if !old.is_empty() {
-            self.backend.write_zeroes(old, true)?;
-        }
+        // Behind the end, too: a write that failed may have left something there.
+        self.backend.write_zeroes(range, true)?;
         if end > self.len() {
             self.write_bytes(end - 1, &mut [0])?;
         }
@@ -104,7 +105,21 @@ impl HostFile {
 
     /// Makes all writes durable.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.backend.sync()
+        let result = self.backend.sync();
+        if result.is_err() {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    /// Whether a sync has failed that [`Self::take_lost`] has not told of.
+    pub(super) fn has_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Tells once whether a sync has failed.
+    pub(super) fn take_lost(&self) -> bool {
+        self.lost.swap(false, Ordering::Relaxed)
     }
 
     /// The end of a range that may be written.

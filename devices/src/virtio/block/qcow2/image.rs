@@ -28,6 +28,8 @@ const MAX_BOUNCE: usize = 2 << 20;
 pub(in crate::virtio::block) struct Qcow2 {
     size: u64,
     read_only: bool,
+    /// The driver has no flushes, so that each run has to bring the tables to the host.
+    settles_runs: bool,
     files: Files,
     /// What the kernel does in clusters of this image. They must not become free before it is over: they would soon have
     /// other data, or a table.
@@ -84,6 +86,7 @@ impl Qcow2 {
         Ok(Self {
             size: opened.format.size(),
             read_only,
+            settles_runs: cache_type != CacheType::Writeback,
             files: opened.files,
             pinned: Announcements::default(),
             image: Mutex::new(Image {
@@ -113,11 +116,15 @@ impl Backend for Qcow2 {
     }
 
     /// Data that lie in one piece are read there; they are written where they are in place. All else changes tables.
-    fn place(&self, request: Request, chain: &Chain<'_>) -> Option<Place> {
+    fn place(&self, request: Request, chain: &Chain<'_>, write_through: bool) -> Option<Place> {
         let image = self.image();
         if request == Request::Flush {
-            let only_data = !self.read_only && !image.changed;
-            return only_data.then(|| image.store.place(request, chain))?;
+            let only_data = !self.read_only && !image.changed && !image.store.has_lost();
+            return only_data.then(|| image.store.place(request, chain, write_through))?;
+        }
+        if request.changes_disk() && image.changed && (write_through || self.settles_runs) {
+            // Its answer would promise that tables are on the host which lead to what it writes.
+            return None;
         }
         let (range, _) = request.data(chain)?;
         let (store, offset, in_place) = image.find(&range)?;
@@ -125,7 +132,7 @@ impl Backend for Qcow2 {
         if (may_move || request.changes_disk()) && !in_place {
             return None;
         }
-        let mut place = store.place(request.at(offset), chain)?;
+        let mut place = store.place(request.at(offset), chain, write_through)?;
         place.file = u32::try_from(store.depth()).ok()?;
         place.pinned = may_move.then(|| self.pinned.announce(range));
         Some(place)
@@ -152,13 +159,17 @@ impl Backend for Qcow2 {
             return Ok(());
         }
         let mut image = self.image();
-        image.commit(true)?;
-        image.changed = false;
-        Ok(())
+        let result = image.commit(true);
+        image.changed &= result.is_err();
+        if image.store.take_lost() && result.is_ok() {
+            // The host said so when no flush had asked.
+            return Err(io::Error::other("the host has lost what was written before"));
+        }
+        result
     }
 
     fn settles_runs(&self) -> bool {
-        !self.image().durable
+        self.settles_runs
     }
 
     fn settle(&self) -> io::Result<()> {
@@ -167,24 +178,21 @@ impl Backend for Qcow2 {
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {
         let mut image = self.image();
-        if self.pinned.meet(&range) {
-            // It is only a hint, and comes at a strange time.
-            return Ok(());
+        for part in self.pinned.rest(range) {
+            image.discard(part)?;
         }
-        image.changed = true;
-        match image.format.discard_to_any(range.start, range.end - range.start) {
-            // It is only a hint, and images of version 2 do not take it.
-            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
-            done => done,
-        }
+        Ok(())
     }
 
     fn write_zeroes(&self, range: Range<u64>, may_unmap: bool) -> io::Result<()> {
         let mut image = self.image();
-        if self.pinned.meet(&range) {
-            return image.fill_with_zeros(range);
+        let mut at = range.start;
+        for part in self.pinned.rest(range.clone()) {
+            image.fill_with_zeros(at..part.start)?;
+            at = part.end;
+            image.write_zeroes(part, may_unmap)?;
         }
-        image.write_zeroes(range, may_unmap)
+        image.fill_with_zeros(at..range.end)
     }
 }
 
@@ -273,9 +281,7 @@ impl Image {
                 copies.write(&self.store)?;
                 write(&self.store, at, bytes)?;
                 self.format.commit_data_mapping(mapping)?;
-                if self.store.journal().is_full() {
-                    self.commit(self.durable)?;
-                }
+                self.commit_if_full()?;
             }
             offset += there;
             len -= there;
@@ -304,6 +310,16 @@ impl Image {
         }
     }
 
+    fn discard(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.changed = true;
+        match self.format.discard_to_any(range.start, range.end - range.start) {
+            // It is only a hint, and images of version 2 do not take it.
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => self.commit_if_full(),
+        }
+    }
+
     /// Writes zeros: the clusters that the range has in place stay its own.
     fn fill_with_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
         self.put(range.start, range.end - range.start, |store, at, len| {
@@ -329,6 +345,7 @@ impl Image {
             let until = if len == 0 { range.end } else { start };
             self.fill_with_zeros(at..until)?;
             at = until + len;
+            self.commit_if_full()?;
         }
         Ok(())
     }
@@ -338,6 +355,13 @@ impl Image {
         if self.changed {
             self.commit(self.durable)?;
             self.changed = false;
+        }
+        Ok(())
+    }
+
+    fn commit_if_full(&self) -> io::Result<()> {
+        if self.store.journal().is_full() {
+            self.commit(self.durable)?;
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::thread;
 
 use super::super::direct::Direct;
+use super::super::qcow2::tests::{Builder, get, open_file};
 use super::super::raw::Raw;
 use super::super::{IoEngine, OpenError};
 use super::*;
@@ -219,4 +220,36 @@ fn a_file_system_without_it_is_named() {
     let error = config.build().err().unwrap();
     assert!(matches!(error, OpenError::NotDirect { .. }), "{error:?}");
     assert!(error.to_string().contains("leave direct out"), "{error}");
+}
+
+#[test]
+fn what_a_copy_on_write_image_has_behind_its_end_is_not_what_went_through_the_buffer() {
+    // Clusters smaller than the disk's blocks, and a write of several pieces that ends in the middle of a block.
+    for clusters in 130..134 {
+        let file = image_on_disk(0);
+        let builder = Builder {
+            cluster_bits: 11,
+            ..Builder::default()
+        };
+        file.as_file().write_all(&builder.build()).unwrap();
+        let mut raw = Raw::open(&path(&file), false, true, &[]).unwrap();
+        raw.direct = Some(Direct::new(512, 4096));
+        let image = open_file(Box::new(raw), &[], true, CacheType::Writeback);
+        let mut device = Block::over(&direct(&file, IoEngine::Sync), Arc::new(image)).unwrap();
+        let mem = testing::memory(2 << 20);
+        let mut guest = Guest::new(&mem);
+        let len = clusters * 2048;
+        guest.fill(DATA, &vec![0xaa; len]);
+        let data = readable(DATA, u32::try_from(len).unwrap());
+        assert_eq!(guest.request(&mut device, OUT, 0, &[data]), (OK, 1));
+        assert_eq!(
+            guest.request(&mut device, OUT, 800, &[readable(DATA, 512)]),
+            (OK, 1)
+        );
+        let now = get(&*device.backend, 800 * 512, 2048).unwrap();
+        assert!(
+            now == [vec![0xaa; 512], vec![0; 1536]].concat(),
+            "{clusters} clusters"
+        );
+    }
 }

@@ -2,7 +2,7 @@
 //! not disturb it; and past the page cache.
 
 use super::super::direct::Direct;
-use super::super::qcow2::tests::{Builder, Report, get, open_direct};
+use super::super::qcow2::tests::{Builder, Report, get, open_file};
 use super::super::raw::Raw;
 use super::super::{Format, IoEngine, backend};
 use super::direct::image_on_disk;
@@ -61,7 +61,7 @@ impl Image {
         };
         let mut file = Raw::open(&path(&self.image), false, true, &[]).unwrap();
         file.direct = Some(Direct::new(512, block));
-        let image = open_direct(file, &[path(&self.base)], config.cache_type);
+        let image = open_file(Box::new(file), &[path(&self.base)], true, config.cache_type);
         Block::over(&config, Arc::new(image)).unwrap()
     }
 
@@ -262,4 +262,63 @@ fn without_flushes_all_is_in_the_file_at_the_end_of_a_run() {
         (1, vec![OK])
     );
     assert!(image.disk()[3 * 512..5 * 512] == [7; 1024]);
+}
+
+#[test]
+fn a_durable_write_of_a_driver_without_flush_brings_the_tables_of_the_one_before() {
+    for engine in [IoEngine::Sync, IoEngine::Async] {
+        let (image, mem) = (Image::new(12), testing::memory(2 << 20));
+        let config = Config {
+            io_engine: Some(engine),
+            ..image.drive(CacheType::Writeback)
+        };
+        let mut device = config.build().unwrap();
+        let mut offer = Offer {
+            kind: OUT,
+            sectors: 2000..2001,
+            data: vec![7; 512],
+        };
+        let mut guest = Guest::new(&mem);
+        guest.activate(&mut device);
+        offer.make(&mut guest, 0);
+        guest.drain(&mut device);
+        assert_eq!(guest.answered(), 1);
+        device.end();
+        device.reset();
+
+        let mut guest = Guest::new(&mem);
+        guest.features = feature::COMMON;
+        guest.activate(&mut device);
+        offer.sectors = 2001..2002;
+        offer.make(&mut guest, 0);
+        guest.drain(&mut device);
+        assert_eq!(
+            (guest.answered(), guest.bytes(header_of(0) + 16, 1)),
+            (1, vec![OK])
+        );
+        assert!(image.disk()[2001 * 512..2002 * 512] == [7; 512], "{engine:?}");
+    }
+}
+
+#[test]
+fn a_discard_beside_a_request_under_way_gives_back_the_rest() {
+    let (image, mem) = (Image::new(12), testing::memory(2 << 20));
+    let mut device = image.drive(CacheType::Writeback).build().unwrap();
+    let mut guest = Guest::new(&mem);
+    guest.activate(&mut device);
+    let offer = |kind, sectors: std::ops::Range<u64>| Offer {
+        kind,
+        data: vec![7; usize::try_from(512 * (sectors.end - sectors.start)).unwrap()],
+        sectors,
+    };
+    serve(&mut guest, &mut device, &[offer(OUT, 1024..1048)]);
+    serve(
+        &mut guest,
+        &mut device,
+        &[offer(IN, 1033..1034), offer(DISCARD, 1024..1048)],
+    );
+    let now = get(&*device.backend, 1024 * 512, 3 * 4096).unwrap();
+    assert!(now == [[0; 4096], [7; 4096], [0; 4096]].concat());
+    drop(device);
+    image.assert_whole();
 }

@@ -23,7 +23,6 @@ use super::Qcow2;
 use super::chain::{Allowed, Opener};
 use crate::testing::Random;
 use crate::virtio::Buffers;
-use crate::virtio::block::raw::Raw;
 use crate::virtio::block::{Backend, CacheType, OpenError};
 use crate::virtio::image_lock::Lock;
 
@@ -191,15 +190,20 @@ fn open_over(
     Qcow2::over(file, Path::new("test.qcow2"), opener, cache_type)
 }
 
-/// Opens the image in a file that was opened past the page cache.
-pub(in crate::virtio::block) fn open_direct(file: Raw, files: &[String], cache_type: CacheType) -> Qcow2 {
+/// Opens the image in a file.
+pub(in crate::virtio::block) fn open_file(
+    file: Box<dyn Backend>,
+    files: &[String],
+    direct: bool,
+    cache_type: CacheType,
+) -> Qcow2 {
     let opener = Opener {
         read_only: false,
-        direct: true,
+        direct,
         allowed: Allowed::Files(files),
         held: &[],
     };
-    Qcow2::over(Box::new(file), Path::new("test.qcow2"), opener, cache_type).unwrap()
+    Qcow2::over(file, Path::new("test.qcow2"), opener, cache_type).unwrap()
 }
 
 /// `len` bytes of sectors that all say `stamp`.

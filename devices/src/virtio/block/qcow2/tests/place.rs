@@ -5,14 +5,18 @@ use std::fs;
 use super::build::set_refcount;
 use super::chain::Folder;
 use super::*;
-use crate::virtio::block::Config;
 use crate::virtio::block::backend::Place;
 use crate::virtio::block::request::Request;
+use crate::virtio::block::{BackingRule, Config};
 use crate::virtio::{Chain, ChainStorage};
 
 const FLUSH: Request = Request::Flush;
 
 fn place(image: &Qcow2, request: Request, len: usize) -> Option<Place> {
+    place_through(image, request, len, false)
+}
+
+fn place_through(image: &Qcow2, request: Request, len: usize, write_through: bool) -> Option<Place> {
     let mut data = vec![0; len];
     let mut chain = Chain::from(ChainStorage::default());
     let side = match request {
@@ -20,7 +24,20 @@ fn place(image: &Qcow2, request: Request, len: usize) -> Option<Place> {
         _ => &mut chain.writable,
     };
     side.push(&VolatileSlice::from(data.as_mut_slice()));
-    image.place(request, &chain)
+    image.place(request, &chain, write_through)
+}
+
+fn open_image(folder: &Folder, name: &str) -> Qcow2 {
+    open_cached(folder, name, CacheType::Writeback)
+}
+
+fn open_cached(folder: &Folder, name: &str, cache_type: CacheType) -> Qcow2 {
+    let config = Config {
+        backing: Some(BackingRule::Allow),
+        cache_type,
+        ..folder.config(name)
+    };
+    Qcow2::open(&config, &[]).unwrap()
 }
 
 /// File and offset of data that can be read.
@@ -38,8 +55,8 @@ fn data_that_lie_in_one_piece_are_found() {
     let folder = Folder::new();
     folder.image("one", Some(("base", Some("raw"))));
     folder.image("two", Some(("one", Some("qcow2"))));
-    put(&folder.allow("one").unwrap(), 8192, &stamped(501, 4096)).unwrap();
-    let image = folder.allow("two").unwrap();
+    put(&open_image(&folder, "one"), 8192, &stamped(501, 4096)).unwrap();
+    let image = open_image(&folder, "two");
     assert_eq!(image.files().len(), 3);
     assert_eq!(read_at(&image, 5 * 512, 1024), Some((2, 5 * 512)));
     assert_eq!(write_at(&image, 5 * 512, 1024), None);
@@ -66,7 +83,7 @@ fn data_that_lie_in_one_piece_are_found() {
 fn a_flush_is_for_the_kernel_when_no_table_has_changed() {
     let folder = Folder::new();
     folder.image("image", None);
-    let image = folder.allow("image").unwrap();
+    let image = open_image(&folder, "image");
     assert!(place(&image, FLUSH, 0).is_some());
     put(&image, 0, &stamped(1, 512)).unwrap();
     assert!(place(&image, FLUSH, 0).is_none());
@@ -78,10 +95,30 @@ fn a_flush_is_for_the_kernel_when_no_table_has_changed() {
 }
 
 #[test]
+fn a_write_whose_answer_promises_tables_is_not_for_the_kernel_before_they_are_on_the_host() {
+    let folder = Folder::new();
+    folder.image("image", None);
+    let (write, len) = (Request::Write { offset: 0 }, 512);
+    let image = open_cached(&folder, "image", CacheType::Unsafe);
+    put(&image, 0, &stamped(1, 4096)).unwrap();
+    assert!(place(&image, write, len).is_none());
+    image.settle().unwrap();
+    assert!(place(&image, write, len).is_some());
+    drop(image);
+    let image = open_image(&folder, "image");
+    put(&image, 8192, &stamped(1, 4096)).unwrap();
+    assert!(place(&image, write, len).is_some());
+    assert!(place_through(&image, write, len, true).is_none());
+    assert!(place_through(&image, Request::Read { offset: 0 }, len, true).is_some());
+    image.sync().unwrap();
+    assert!(place_through(&image, write, len, true).is_some());
+}
+
+#[test]
 fn clusters_where_the_kernel_works_do_not_become_free() {
     let folder = Folder::new();
     folder.image("image", None);
-    let image = folder.allow("image").unwrap();
+    let image = open_image(&folder, "image");
     put(&image, 0, &stamped(1, 8192)).unwrap();
     let before = write_at(&image, 0, 4096);
     assert!(before.is_some());
@@ -115,7 +152,7 @@ fn clusters_where_the_kernel_works_do_not_become_free() {
 fn a_cluster_that_a_snapshot_shares_stays_where_it_is_only_if_nothing_is_written() {
     let folder = Folder::new();
     folder.image("image", None);
-    put(&folder.allow("image").unwrap(), 0, &stamped(1, 4096)).unwrap();
+    put(&open_image(&folder, "image"), 0, &stamped(1, 4096)).unwrap();
     let mut bytes = fs::read(folder.path("image")).unwrap();
     let u64_at = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let l2 = usize::try_from(u64_at(&bytes, 3 * 4096) & !(1 << 63)).unwrap();
@@ -125,7 +162,7 @@ fn a_cluster_that_a_snapshot_shares_stays_where_it_is_only_if_nothing_is_written
     set_refcount(&mut bytes[2 * 4096..3 * 4096], 4, index, 2);
     folder.write("image", &bytes);
 
-    let image = folder.allow("image").unwrap();
+    let image = open_image(&folder, "image");
     assert_eq!((read_at(&image, 0, 512), write_at(&image, 0, 512)), (None, None));
     drop(image);
     let read_only = Config {

@@ -109,6 +109,22 @@ fn zeros_and_discarded_ranges_read_as_zeros_and_free_their_clusters() {
 }
 
 #[test]
+fn discards_do_not_gather_tables_without_end() {
+    let builder = Builder {
+        cluster_bits: 16,
+        size: 256 << 30,
+        ..Builder::default()
+    };
+    let platter = Platter::new(builder.build());
+    let image = open(&platter).unwrap();
+    for gib in 0..256 {
+        image.discard(gib << 30..(gib + 1) << 30).unwrap();
+    }
+    // Each made two tables of 64 KiB.
+    assert!(platter.bytes().len() > 24 << 20);
+}
+
+#[test]
 fn random_requests_do_what_they_do_on_a_plain_disk() {
     for (cluster_bits, refcount_order) in [(9, 6), (9, 4), (12, 0), (16, 4), (12, 1), (12, 5)] {
         let builder = Builder {
