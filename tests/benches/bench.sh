@@ -152,7 +152,7 @@ describe() {
 }
 
 main() {
-    local cases=("$@") case figures name value counted=1 guest='' host='' startup='' api='' disk=''
+    local cases=("$@") in_guests=() case figures name value counted=1 guest='' host='' startup='' api='' disk=''
     [[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
     ((${#cases[@]})) || cases=("${CASES[@]}")
     ((EUID == 0)) || die "needs root: the cases net and queues create a network tap"
@@ -163,7 +163,8 @@ main() {
     work=$(mktemp -d "${TMPDIR:-/tmp}/mayfly-bench.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     pack_guest
-    if [[ $counted ]]; then
+    for case in "${cases[@]}"; do [[ $case == @(startup|api|disk) ]] || in_guests+=("$case"); done
+    if [[ $counted ]] && ((${#in_guests[@]})); then
         pack_lab
         say "no KVM with vmx or svm: counting instructions in an emulated host, about half a minute a case"
     fi
