@@ -20,6 +20,7 @@ use mayfly_fuzz::MEMORY;
 use mayfly_fuzz::driver::{Machine, Op};
 use serde_json::json;
 use vm_memory::{FileOffset, GuestAddress};
+use vmm_sys_util::signal::block_signal;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempfile::TempFile;
 
@@ -28,6 +29,7 @@ const QUEUES: u16 = 2;
 /// Where the configuration space has their count, in its upper half.
 const NUM_QUEUES: u64 = 32;
 const NEED_REPLY: u32 = 8;
+const SIGPIPE: i32 = 13;
 
 /// What the backend does when something is asked of it.
 #[derive(Arbitrary, Debug)]
@@ -61,6 +63,8 @@ static SOCKET: LazyLock<PathBuf> = LazyLock::new(|| {
     let path = PathBuf::from(format!("/dev/shm/mayfly-fuzz-{}.sock", std::process::id()));
     // One of an earlier process with this id.
     let _ = std::fs::remove_file(&path);
+    // A backend that has gone ends no monitor, which counts these signals only.
+    block_signal(SIGPIPE).expect("there is such a signal");
     let listener = UnixListener::bind(&path).expect("the path is ours");
     thread::spawn(move || listener.incoming().flatten().for_each(|stream| serve(&stream)));
     path
