@@ -22,8 +22,11 @@ const RUN_BYTES: usize = 1 << 20;
 
 /// The engine that a config asks for; none when requests are carried out where they are taken.
 pub(super) fn engine(config: &Config, backend: &dyn Backend) -> Result<Option<Box<Uring>>, OpenError> {
+    if config.io_engine.unwrap_or_default() == IoEngine::Sync {
+        return Ok(None);
+    }
     let files = backend.files();
-    if config.io_engine.unwrap_or_default() == IoEngine::Sync || files.is_empty() {
+    if files.is_empty() {
         return Ok(None);
     }
     let engine = Uring::new(&files).map_err(|source| OpenError::Engine {

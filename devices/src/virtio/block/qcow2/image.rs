@@ -82,18 +82,19 @@ impl Qcow2 {
         cache_type: CacheType,
     ) -> Result<Self, OpenError> {
         let read_only = opener.read_only;
+        let durable = cache_type == CacheType::Writeback;
         let opened = opener.open(path, file)?;
         Ok(Self {
             size: opened.format.size(),
             read_only,
-            settles_runs: cache_type != CacheType::Writeback,
+            settles_runs: !durable,
             files: opened.files,
             pinned: Announcements::default(),
             image: Mutex::new(Image {
                 format: opened.format,
                 store: opened.store,
                 cluster: opened.cluster,
-                durable: cache_type == CacheType::Writeback,
+                durable,
                 changed: false,
                 part: buffers::Storage::default(),
                 bounce: Vec::new(),
